@@ -1,0 +1,35 @@
+"""The server without vLLM: the same routes over the Transformers engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from server_ext.engines.base import Engine
+from server_ext.routes import KeyCheck, router
+from server_ext.service import Service
+
+
+def create_app(engine: Engine, directory: Path, keys: Sequence[str] = ()) -> FastAPI:
+    """A FastAPI app that serves ``/zoact/v1`` and ``/health``, with its state in a directory."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service = Service(engine, directory)
+        await service.restore()
+        app.state.zoact = service
+        yield
+        await service.close()
+
+    app = FastAPI(title="ZO-Act", lifespan=lifespan)
+    app.state.zoact_keys = KeyCheck(keys)
+    app.include_router(router)
+
+    @app.get("/health")
+    async def health() -> None:
+        """Answers as soon as every adapter is back at its last version."""
+
+    return app

@@ -1,0 +1,81 @@
+"""An adapter's coefficients on a device: updates, perturbations and their digest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from server_ext.noise import Noise, close_gaps
+from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
+from zoact_remote.layout import Layout
+from zoact_remote.noise import Distribution
+from zoact_remote.wire import Update
+
+
+class Coefficients:
+    """C of every site, float32, as one flat buffer on one device.
+
+    Attributes:
+        flat: float32 ``[layout.size]``, gaps zero. Never changed in place: an update replaces it, so that a reader of
+            the version before keeps what it read.
+
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        distribution: Distribution,
+        device: torch.device | str = "cpu",
+        flat: torch.Tensor | None = None,
+    ) -> None:
+        self.layout = layout
+        self.noise = Noise(layout, distribution, device)
+        self.flat = torch.zeros(layout.size, device=device) if flat is None else flat.to(device, torch.float32)
+        if self.flat.shape != (layout.size,):
+            raise ValueError(f"coefficients must have shape [{layout.size}], got {list(self.flat.shape)}")
+
+    def apply(self, update: Update) -> None:
+        """Applies an update as ``zoact_remote.replay.apply_update`` defines it: bit for bit for Rademacher noise."""
+        kept = self.flat * _float32(1.0 - update.decay) if update.decay else self.flat.clone()
+        if update.normaliser is None:
+            self.flat = self._add_terms(kept, update.terms)
+            return
+        step = self._add_terms(torch.zeros_like(kept), update.terms)
+        moment = torch.full_like(kept, update.normaliser.offset)
+        for seed, scalar in update.normaliser.terms:
+            moment += self.noise.draw(seed).square_().mul_(_float32(scalar))
+        self.flat = close_gaps(kept + step / (moment.sqrt_() + _float32(update.normaliser.epsilon)), self.layout)
+
+    def perturbation(self, seed: int, epsilon: float) -> torch.Tensor:
+        """``epsilon Z(seed)``, the sign in epsilon: float32 ``[layout.size]``."""
+        return self.noise.draw(seed).mul_(_float32(epsilon))
+
+    def digest(self) -> str:
+        """``zoact_remote.digest.coefficients_digest`` of the buffer, computed on its device."""
+        x = self.flat.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+        x += torch.arange(self.layout.size, device=x.device) * _signed(GAMMA)
+        for shift, multiplier in MIX:
+            x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
+        x = x ^ _shift_right(x, LAST_SHIFT)
+        return seal(int(x.sum()), int((x * x).sum()), self.layout)
+
+    def _add_terms(self, flat: torch.Tensor, terms: Iterable[tuple[int, float]]) -> torch.Tensor:
+        for seed, scalar in terms:
+            flat += self.noise.draw(seed).mul_(_float32(scalar))
+        return flat
+
+
+def _float32(value: float) -> float:
+    """The nearest float32: a Python scalar would otherwise meet the tensor in double precision."""
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that PyTorch wants."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: PyTorch's own is arithmetic on int64."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)

@@ -1,0 +1,1 @@
+"""The engines that hold the frozen model: vLLM, and plain PyTorch + Transformers as the reference."""

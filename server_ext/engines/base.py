@@ -1,0 +1,131 @@
+"""What the service asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from server_ext.basis import Basis
+from server_ext.rows import Context, ContextScore, Tokens
+from server_ext.schemas import BasisSpec
+from server_ext.store import Point
+from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import Distribution
+from zoact_remote.wire import Update
+
+
+@dataclass(frozen=True)
+class Model:
+    """The frozen model.
+
+    Attributes:
+        name: as given to the server.
+        digest: of its configuration and weights (``server_ext.model_digest``).
+        dtype: of its weights, such as ``float32``.
+        vocabulary: number of token ids.
+        max_tokens: longest sequence.
+
+    """
+
+    name: str
+    digest: str
+    dtype: str
+    vocabulary: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class CalibrationRow:
+    """A sequence whose activations make a basis.
+
+    Attributes:
+        tokens: prompt and continuation, less the continuation's last token, whose activations predict nothing scored.
+        prompt: tokens of the prompt; from the last of them on, positions are scored ones.
+
+    """
+
+    tokens: Tokens
+    prompt: int
+
+
+@dataclass(frozen=True)
+class GeneratedText:
+    tokens: Tokens
+    text: str
+    stopped: bool
+
+
+class Engine(Protocol):
+    """Holds the model, and evaluates it at points of many adapters' coefficient spaces.
+
+    Methods that change an adapter are called one at a time for that adapter, and never while a call that reads the same
+    adapter is under way: the service sees to both.
+    """
+
+    name: Literal["vllm", "transformers"]
+    version: str
+    model: Model
+    sites: tuple[Site, ...]
+    max_rank: int
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids of a text, with the special tokens that the model expects around a prompt if ``special``."""
+        ...
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the model's chat template, up to where the assistant speaks.
+
+        Raises:
+            ValueError: the model has no chat template, or the template refuses the messages.
+
+        """
+        ...
+
+    async def calibrate(
+        self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
+    ) -> tuple[dict[str, Basis], int]:
+        """The basis of every input of a layout, and the number of positions that it was taken from.
+
+        Raises:
+            ValueError: the rows gave no activations other than zero.
+
+        """
+        ...
+
+    async def put(
+        self,
+        key: str,
+        layout: Layout,
+        distribution: Distribution,
+        basis: dict[str, NDArray[np.float32]],
+        flat: NDArray[np.float32] | None,
+        version: int,
+    ) -> str:
+        """Takes in an adapter, with zero coefficients for ``flat=None``, and returns their digest."""
+        ...
+
+    async def update(self, key: str, update: Update) -> str:
+        """Applies an update and returns the digest after it."""
+        ...
+
+    async def read(self, key: str) -> NDArray[np.float32]:
+        """An adapter's coefficients: float32 ``[layout.size]``."""
+        ...
+
+    async def drop(self, key: str) -> None:
+        """Forgets an adapter."""
+        ...
+
+    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
+        """Scores every context at every point, None being the model itself; by point, then by context."""
+        ...
+
+    async def generate(
+        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+    ) -> GeneratedText:
+        """Continues a sequence, greedily at temperature 0."""
+        ...

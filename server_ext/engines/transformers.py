@@ -1,0 +1,216 @@
+"""The reference engine: plain PyTorch and Transformers, for laptops, tests and systems without vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+
+from server_ext.basis import Basis, RangeFinder, make_finders
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model
+from server_ext.inputs import make_sites
+from server_ext.model_digest import checkpoint_directory, model_digest
+from server_ext.rows import Context, ContextScore, Tokens
+from server_ext.schemas import BasisSpec
+from server_ext.store import AdapterStore, Point
+from zoact_remote.layout import Layout
+from zoact_remote.noise import Distribution
+from zoact_remote.wire import Update
+
+T = TypeVar("T")
+
+TOKENS_PER_BATCH = 4096
+"""Padded tokens that go through the model at once."""
+
+
+class TransformersEngine:
+    """Evaluates points one after another, each in padded batches, with float32 log-probabilities.
+
+    All work runs on one thread, so calls queue up and the event loop stays free.
+    """
+
+    name: Literal["transformers"] = "transformers"
+    version = transformers.__version__
+
+    def __init__(
+        self,
+        model: str,
+        dtype: str = "float32",
+        device: str = "cpu",
+        max_tokens: int | None = None,
+        max_rank: int = 512,
+    ) -> None:
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        self.device = torch.device(device)
+        self.network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.network.to(self.device).eval().requires_grad_(False)
+        longest = int(self.network.config.max_position_embeddings)
+        self.model = Model(
+            name=model,
+            digest=model_digest(checkpoint_directory(model)),
+            dtype=dtype,
+            vocabulary=int(self.network.config.vocab_size),
+            max_tokens=min(max_tokens or longest, longest),
+        )
+        head = self.network.get_output_embeddings()
+        self._layers = {n: m for n, m in self.network.named_modules() if isinstance(m, nn.Linear) and m is not head}
+        self.sites = make_sites((n, m.in_features, m.out_features) for n, m in self._layers.items())
+        self.max_rank = max_rank
+        self._store = AdapterStore(self.device)
+        self._thread = ThreadPoolExecutor(1, "zoact-model")
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=special)
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    async def calibrate(
+        self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
+    ) -> tuple[dict[str, Basis], int]:
+        return await self._run(self._calibrate, rows, layout, spec)
+
+    async def put(
+        self,
+        key: str,
+        layout: Layout,
+        distribution: Distribution,
+        basis: dict[str, NDArray[np.float32]],
+        flat: NDArray[np.float32] | None,
+        version: int,
+    ) -> str:
+        tensors = {name: torch.from_numpy(vectors) for name, vectors in basis.items()}
+        start = None if flat is None else torch.from_numpy(flat)
+        return await self._run(self._store.put, key, layout, distribution, tensors, start, version)
+
+    async def update(self, key: str, update: Update) -> str:
+        return await self._run(lambda: self._store[key].update(update))
+
+    async def read(self, key: str) -> NDArray[np.float32]:
+        return await self._run(lambda: self._store[key].coefficients.flat.cpu().numpy())
+
+    async def drop(self, key: str) -> None:
+        await self._run(self._store.drop, key)
+
+    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
+        # One call a point, so that another tenant's point may run between two of this one's.
+        return [await self._run(self._score, point, contexts) for point in points]
+
+    async def generate(
+        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+    ) -> GeneratedText:
+        return await self._run(self._generate, point, tokens, max_tokens, temperature, seed)
+
+    async def _run(self, function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args))
+
+    @contextmanager
+    def _at(self, point: Point | None) -> Iterator[None]:
+        """The model at a point: y = W x + C (V' x) at the adapter's sites."""
+        if point is None:
+            yield
+            return
+        state = self._store[point.key]
+        matrices = state.layout.matrices(state.coefficients_at(point))
+
+        def hook(vectors: torch.Tensor, matrix: torch.Tensor, _: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            reduced = args[0].to(torch.float32) @ vectors
+            return output + (reduced @ matrix.T).to(output.dtype)
+
+        handles = [
+            self._layers[site.name].register_forward_hook(partial(hook, state.basis[site.input], matrices[site.name]))
+            for site in state.layout.sites
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _batches(self, sequences: Sequence[Tokens]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Indices, padded token ids ``[rows, longest]`` and mask of batches of similar length, longest first."""
+        order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
+        while order:
+            longest = len(sequences[order[0]])
+            batch, order = order[: max(1, TOKENS_PER_BATCH // longest)], order[max(1, TOKENS_PER_BATCH // longest) :]
+            ids = torch.zeros(len(batch), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(batch):
+                ids[row, : len(sequences[i])] = torch.tensor(sequences[i])
+                mask[row, : len(sequences[i])] = 1
+            yield batch, ids.to(self.device), mask.to(self.device)
+
+    @torch.inference_mode()
+    def _score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        results: dict[int, ContextScore] = {}
+        head = self.network.get_output_embeddings()
+        with self._at(point):
+            for batch, ids, mask in self._batches([context.tokens for context in contexts]):
+                hidden = self.network.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                for row, i in enumerate(batch):
+                    context = contexts[i]
+                    end = len(context.tokens)
+                    logits = head(hidden[row, context.start - 1 : end]).to(torch.float32)
+                    logprobs = logits.log_softmax(-1)
+                    inner = logprobs[range(end - context.start), list(context.tokens[context.start :])]
+                    results[i] = ContextScore(
+                        tuple(inner.tolist()), tuple(logprobs[-1, list(context.candidates)].tolist())
+                    )
+        return [results[i] for i in range(len(contexts))]
+
+    @torch.inference_mode()
+    def _calibrate(
+        self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
+    ) -> tuple[dict[str, Basis], int]:
+        finders = make_finders(layout, spec, self.device)
+        readers = {site.input: self._layers[site.name] for site in reversed(layout.sites)}
+        masks: tuple[torch.Tensor, torch.Tensor]
+
+        def hook(finder: RangeFinder, _: Any, args: Any) -> None:
+            finder.add(args[0].reshape(-1, finder.width), *masks)
+
+        seen = 0
+        for number in range(spec.passes):
+            if number:
+                for finder in finders.values():
+                    finder.next_pass()
+            handles = [readers[name].register_forward_pre_hook(partial(hook, f)) for name, f in finders.items()]
+            try:
+                for batch, ids, mask in self._batches([row.tokens for row in rows]):
+                    lengths = torch.tensor([rows[i].prompt for i in batch], device=self.device).unsqueeze(1)
+                    position = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
+                    real = mask.bool()
+                    masks = ((real & (position < lengths)).reshape(-1), (real & (position >= lengths - 1)).reshape(-1))
+                    self.network.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            seen = sum(m.count for m in next(iter(finders.values())).moments.values())
+        return {name: finder.basis() for name, finder in finders.items()}, seen
+
+    @torch.inference_mode()
+    def _generate(
+        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+    ) -> GeneratedText:
+        if seed is not None:
+            torch.manual_seed(seed)
+        ids = torch.tensor([tokens], device=self.device)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        with self._at(point):
+            output = self.network.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=0, **sampling
+            )
+        new = output[0, len(tokens) :].tolist()
+        ends = self.network.generation_config.eos_token_id
+        stopped = bool(new) and new[-1] in (ends if isinstance(ends, list) else [ends])
+        return GeneratedText(tuple(new), self.tokenizer.decode(new, skip_special_tokens=True), stopped)

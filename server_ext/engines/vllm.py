@@ -1,0 +1,191 @@
+"""The engine that serves: vLLM. Everything is evaluated as ordinary requests in its scheduler's batches."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import vllm
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from server_ext.basis import Basis
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model
+from server_ext.model_digest import checkpoint_directory, model_digest
+from server_ext.rows import Context, ContextScore, Tokens
+from server_ext.schemas import BasisSpec
+from server_ext.store import Point
+from server_ext.worker import CALIBRATION_PATH, point_path
+from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import Distribution
+from zoact_remote.wire import Update
+
+FIRST_LORA_ID = 1 << 24
+"""vLLM numbers the adapters that it loads itself from 1; ours start far above."""
+LORA_IDS_KEPT = 4096
+"""Points whose number is remembered, so that asking again finds the slot filled."""
+
+
+class VllmEngine:
+    """Drives a running vLLM through its ``EngineClient``. Make one with ``await VllmEngine.attach(...)``."""
+
+    name: Literal["vllm"] = "vllm"
+    version = vllm.__version__
+
+    def __init__(self, client: Any, description: dict[str, Any]) -> None:
+        config = client.vllm_config.model_config
+        self._client = client
+        self._tokenizer = client.get_tokenizer()
+        self.sites = tuple(Site(**site) for site in description["sites"])
+        self.max_rank = int(description["max_rank"])
+        self.model = Model(
+            name=config.served_model_name or config.model,
+            digest=model_digest(checkpoint_directory(config.model)),
+            dtype=str(config.dtype).removeprefix("torch."),
+            vocabulary=config.get_vocab_size(),
+            max_tokens=config.max_model_len,
+        )
+        self._lora_ids: OrderedDict[str, int] = OrderedDict()
+        self._next_lora_id = itertools.count(FIRST_LORA_ID)
+        self._next_request = itertools.count()
+        self._calibration = asyncio.Lock()
+
+    @classmethod
+    async def attach(cls, client: Any) -> VllmEngine:
+        """Attaches the workers' extension.
+
+        Args:
+            client: vLLM's ``EngineClient``.
+
+        """
+        descriptions = await client.collective_rpc("zoact_attach")
+        return cls(client, json.loads(descriptions[0]))
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=special))
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return self.encode(text, special=False)
+
+    async def calibrate(
+        self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
+    ) -> tuple[dict[str, Basis], int]:
+        # One calibration at a time: a worker listens for one.
+        async with self._calibration:
+            prompts = self._calibration_ids(rows)
+            await self._call("zoact_calibration_begin", _layout(layout), spec.model_dump_json(), prompts)
+            try:
+                await self._calibrate_rows(prompts, rows)
+                for _ in range(1, spec.passes):
+                    prompts = self._calibration_ids(rows)
+                    await self._call("zoact_calibration_next", prompts)
+                    await self._calibrate_rows(prompts, rows)
+            except BaseException:
+                await self._call("zoact_calibration_end", True)
+                raise
+            result = await self._call("zoact_calibration_end", False)
+        if isinstance(result, str):
+            raise ValueError(result)
+        vectors, (energy, seen) = load(result[0]), json.loads(result[1])
+        return {name: Basis(vectors[name].numpy(), energy[name]) for name in energy}, seen
+
+    def _calibration_ids(self, rows: Sequence[CalibrationRow]) -> list[tuple[int, int]]:
+        """A new LoRA id for each row, with its prompt's length."""
+        return [(next(self._next_lora_id), row.prompt) for row in rows]
+
+    async def _calibrate_rows(self, prompts: Sequence[tuple[int, int]], rows: Sequence[CalibrationRow]) -> None:
+        parameters = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
+        loras = [LoRARequest(f"{CALIBRATION_PATH}{i}", i, f"{CALIBRATION_PATH}{i}") for i, _ in prompts]
+        await asyncio.gather(
+            *(self._request(row.tokens, parameters, lora) for row, lora in zip(rows, loras, strict=True))
+        )
+
+    async def put(
+        self,
+        key: str,
+        layout: Layout,
+        distribution: Distribution,
+        basis: dict[str, NDArray[np.float32]],
+        flat: NDArray[np.float32] | None,
+        version: int,
+    ) -> str:
+        tensors = save({name: torch.from_numpy(vectors) for name, vectors in basis.items()})
+        start = None if flat is None else save({"flat": torch.from_numpy(flat)})
+        return str(await self._call("zoact_put", key, _layout(layout), distribution, tensors, start, version))
+
+    async def update(self, key: str, update: Update) -> str:
+        return str(await self._call("zoact_update", key, json.dumps(update.to_json())))
+
+    async def read(self, key: str) -> NDArray[np.float32]:
+        return load(await self._call("zoact_read", key))["flat"].numpy()
+
+    async def drop(self, key: str) -> None:
+        await self._call("zoact_drop", key)
+
+    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
+        # Point by point, so that a point's tokens lie together in the scheduler's batches.
+        requests = [self._score(point, context) for point in points for context in contexts]
+        scores = await asyncio.gather(*requests)
+        return [scores[i : i + len(contexts)] for i in range(0, len(scores), len(contexts))]
+
+    async def _score(self, point: Point | None, context: Context) -> ContextScore:
+        inner = context.tokens[context.start :]
+        parameters = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            logprob_token_ids=list(context.candidates),
+            prompt_logprobs=0 if inner else None,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        output = await self._request(context.tokens, parameters, self._lora(point))
+        after = output.outputs[0].logprobs[0]
+        before = output.prompt_logprobs[context.start :] if inner else ()
+        return ContextScore(
+            tuple(found[token].logprob for found, token in zip(before, inner, strict=True)),
+            tuple(after[token].logprob for token in context.candidates),
+        )
+
+    async def generate(
+        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+    ) -> GeneratedText:
+        parameters = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        completion = (await self._request(tokens, parameters, self._lora(point))).outputs[0]
+        return GeneratedText(tuple(completion.token_ids), completion.text, completion.finish_reason == "stop")
+
+    async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
+        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        name = f"zoact-{next(self._next_request)}"
+        outputs = self._client.generate(prompt, parameters, name, lora_request=lora)
+        return [output async for output in outputs][-1]
+
+    def _lora(self, point: Point | None) -> LoRARequest | None:
+        """The request's LoRA. Name and path say all that its weights depend on, so nothing cached can be stale."""
+        if point is None:
+            return None
+        number = self._lora_ids.pop(point.name, None) or next(self._next_lora_id)
+        self._lora_ids[point.name] = number
+        if len(self._lora_ids) > LORA_IDS_KEPT:
+            self._lora_ids.popitem(last=False)
+        return LoRARequest(point.name, number, point_path(point))
+
+    async def _call(self, method: str, *args: Any) -> Any:
+        """Calls every worker and returns the first one's answer, which the others share."""
+        return (await self._client.collective_rpc(method, args=args))[0]
+
+
+def _layout(layout: Layout) -> str:
+    return json.dumps([[site.name for site in layout.sites], layout.rank])

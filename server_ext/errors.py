@@ -1,0 +1,35 @@
+"""Errors that a caller sees, in OpenAI's shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class ApiError(Exception):
+    """A call that is refused; nothing has changed.
+
+    Attributes:
+        status: HTTP status code.
+        code: a short word that programs can match.
+        param: path of the field at fault, such as ``rows[3].prompt``.
+        extra: further members of the error object.
+
+    """
+
+    def __init__(self, status: int, code: str, message: str, param: str | None = None, **extra: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.param = param
+        self.extra = extra
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.extra}
+        return {"error": error, "request_id": request_id}
+
+
+def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
+    """A 400 that names the field."""
+    return ApiError(400, code, f"{param}: {message}", param)

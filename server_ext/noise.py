@@ -1,0 +1,69 @@
+"""The noise specification (``zoact_remote.noise``) in PyTorch, for all of an adapter's sites in one pass."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from zoact_remote.layout import Layout
+from zoact_remote.noise import LANES, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, STREAMS, Distribution
+
+_MASK32 = 0xFFFFFFFF
+
+
+class Noise:
+    """Draws Z(seed) over a layout's flat buffer.
+
+    The counters depend on the layout alone and are made once: int64 ``[blocks, 3]``, 24 bytes for each 128 Rademacher
+    coefficients (768 for Gaussian ones).
+    """
+
+    def __init__(self, layout: Layout, distribution: Distribution, device: torch.device | str = "cpu") -> None:
+        self.layout = layout
+        self.distribution = distribution
+        lanes = LANES[distribution]
+        blocks = [torch.arange(layout.padded(site) // lanes, device=device) for site in layout.sites]
+        sites = [torch.full_like(b, s.index) for b, s in zip(blocks, layout.sites, strict=True)]
+        block = torch.cat(blocks)
+        self._counter = (block & _MASK32, block >> 32, torch.cat(sites))
+        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+
+    def draw(self, seed: int) -> torch.Tensor:
+        """Z(seed): float32 ``[layout.size]``, gaps zero."""
+        words = _philox(*self._counter, torch.full_like(self._counter[0], STREAMS[self.distribution]), seed)
+        flat = self._signs(words) if self.distribution == "rademacher" else self._normals(words)
+        return close_gaps(flat, self.layout)
+
+    def _signs(self, words: torch.Tensor) -> torch.Tensor:
+        bits = (words.to(torch.int32).unsqueeze(-1) >> self._bits) & 1
+        return torch.sub(1.0, bits.to(torch.float32), alpha=2.0).reshape(-1)
+
+    def _normals(self, words: torch.Tensor) -> torch.Tensor:
+        mantissas = (words >> 8).to(torch.float64).reshape(-1, 2, 2)
+        radius = torch.sqrt(-2.0 * torch.log((mantissas[..., 0] + 1.0) * 2.0**-24))
+        angle = 2.0 * math.pi * 2.0**-24 * mantissas[..., 1]
+        return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).reshape(-1).to(torch.float32)
+
+
+def close_gaps(flat: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """Zeroes, in place, what lies between the sites of a flat buffer."""
+    for start, stop in layout.gaps:
+        flat[start:stop] = 0
+    return flat
+
+
+def _philox(x0: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, x3: torch.Tensor, seed: int) -> torch.Tensor:
+    """Philox4x32-10 in int64 lanes, ``[blocks, 4]``.
+
+    A product of two 32-bit numbers overflows int64, but wraps to the same 64 bits as in uint64, so that shift and mask
+    recover both halves.
+    """
+    k0, k1 = seed & _MASK32, seed >> 32
+    m0, m1 = PHILOX_MULTIPLIERS
+    for _ in range(PHILOX_ROUNDS):
+        p0, p1 = x0 * m0, x2 * m1
+        x0, x1 = ((p1 >> 32) & _MASK32) ^ x1 ^ k0, p1 & _MASK32
+        x2, x3 = ((p0 >> 32) & _MASK32) ^ x3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + PHILOX_WEYL[0]) & _MASK32, (k1 + PHILOX_WEYL[1]) & _MASK32
+    return torch.stack([x0, x1, x2, x3], dim=1)

@@ -1,0 +1,141 @@
+"""Rows as token ids, the contexts that score them, and their losses.
+
+Both engines score the same thing: a context is a sequence of tokens, of which the model's log-probabilities are read
+for the last few tokens themselves and for a few candidates of the token that would follow. The last position's logits
+are computed for every sequence anyway, so a one-token answer, and every one-token choice beside it, costs one sequence
+and no read-back of the prompt's logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from server_ext.errors import invalid
+from server_ext.schemas import ChoicesRow, CompletionRow, Row
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """A row as token ids: one continuation for a completion, several for choices.
+
+    Attributes:
+        prompt: at least one token.
+        continuations: each at least one token.
+        answer: which continuation is right; None for a completion.
+
+    """
+
+    prompt: Tokens
+    continuations: tuple[Tokens, ...]
+    answer: int | None
+
+    @property
+    def target(self) -> Tokens:
+        """The continuation that training makes more likely."""
+        return self.continuations[self.answer or 0]
+
+
+@dataclass(frozen=True)
+class Context:
+    """One sequence to score.
+
+    Attributes:
+        tokens: the sequence.
+        start: tokens from here on are scored, each given what stands before it; ``len(tokens)`` for none.
+        candidates: tokens whose log-probability to follow the sequence is asked for, without repetition.
+
+    """
+
+    tokens: Tokens
+    start: int
+    candidates: Tokens
+
+
+@dataclass(frozen=True)
+class ContextScore:
+    """Log-probabilities (nats) that one model gives a context: of ``tokens[start:]``, and of the candidates."""
+
+    tokens: tuple[float, ...]
+    candidates: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """Summed log-likelihoods of a row's continuations (nats), and the loss that they make."""
+
+    logprobs: tuple[float, ...]
+    loss: float
+
+
+def tokenise_rows(
+    rows: Sequence[Row], encode: Callable[[str, bool], list[int]], vocabulary: int, max_tokens: int
+) -> list[TokenRow]:
+    """Rows as token ids.
+
+    Args:
+        rows: rows whose prompts and continuations are text or token ids.
+        encode: text and whether special tokens are added (for prompts) to token ids.
+        vocabulary: token ids must lie below it.
+        max_tokens: longest sequence, prompt and continuation together.
+
+    Raises:
+        ApiError: a prompt or continuation without tokens, a token id out of range, or a row that is too long.
+
+    """
+
+    def tokens(value: str | list[int], param: str, special: bool) -> Tokens:
+        ids = encode(value, special) if isinstance(value, str) else value
+        if not ids:
+            raise invalid(param, "tokenises to nothing; at least one token is needed")
+        if not isinstance(value, str) and not (min(ids) >= 0 and max(ids) < vocabulary):
+            raise invalid(param, f"token ids must lie in 0 to {vocabulary - 1}")
+        return tuple(ids)
+
+    result = []
+    for i, row in enumerate(rows):
+        prompt = tokens(row.prompt, f"rows[{i}].prompt", special=True)
+        if isinstance(row, CompletionRow):
+            named = [(f"rows[{i}].completion", row.completion)]
+        else:
+            named = [(f"rows[{i}].choices[{j}]", choice) for j, choice in enumerate(row.choices)]
+        continuations = tuple(tokens(value, param, special=False) for param, value in named)
+        longest = max(map(len, continuations))
+        if len(prompt) + longest > max_tokens:
+            raise invalid(
+                f"rows[{i}].prompt",
+                f"prompt ({len(prompt)} tokens) and continuation ({longest}) exceed the limit of {max_tokens} tokens",
+                "context_length_exceeded",
+            )
+        result.append(TokenRow(prompt, continuations, row.answer if isinstance(row, ChoicesRow) else None))
+    return result
+
+
+def contexts_of(row: TokenRow) -> list[Context]:
+    """The fewest contexts that score a row: one for each distinct beginning (all but the last token) of a continuation."""
+    candidates: dict[Tokens, dict[int, None]] = {}
+    for continuation in row.continuations:
+        candidates.setdefault(continuation[:-1], {})[continuation[-1]] = None
+    return [Context(row.prompt + beginning, len(row.prompt), tuple(last)) for beginning, last in candidates.items()]
+
+
+def score_of(row: TokenRow, contexts: Sequence[Context], scores: Sequence[ContextScore]) -> RowScore:
+    """A row's log-likelihoods and loss from its contexts' scores.
+
+    The loss of a completion is the mean negative log-likelihood of its tokens; the loss of choices is the cross-entropy
+    of the softmax over their summed log-likelihoods. Both in nats.
+    """
+    found: dict[Tokens, float] = {}
+    for context, score in zip(contexts, scores, strict=True):
+        beginning = context.tokens[context.start :]
+        for candidate, logprob in zip(context.candidates, score.candidates, strict=True):
+            found[(*beginning, candidate)] = math.fsum((*score.tokens, logprob))
+    logprobs = tuple(found[c] for c in row.continuations)
+    if row.answer is None:
+        return RowScore(logprobs, -logprobs[0] / len(row.target))
+    top = max(logprobs)
+    partition = top + math.log(math.fsum(math.exp(v - top) for v in logprobs))
+    return RowScore(logprobs, partition - logprobs[row.answer])

@@ -1,0 +1,335 @@
+"""The wire: what calls carry and what they answer (JSON under ``/zoact/v1``)."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from zoact_remote import wire
+from zoact_remote.noise import MAX_SEED
+
+MAX_TERMS = 4096
+"""Terms an update may list."""
+MAX_CHOICES = 128
+"""Choices a row may have: vLLM reads at most this many candidate tokens at a position."""
+LARGEST_SCALAR = 1e30
+"""Scalars beyond this overflow float32 once squared or summed."""
+
+TENANT_ADAPTER = r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$"
+
+Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
+Epsilon = Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
+Version = Annotated[int, Field(ge=0, strict=True)]
+Text = str | Annotated[list[Annotated[int, Field(strict=True)]], Field()]
+Term = tuple[Seed, Scalar]
+
+
+class Message(BaseModel):
+    """Base of all messages: unknown members are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CompletionRow(Message):
+    """A prompt and what should follow it. Loss: mean negative log-likelihood of the completion's tokens, in nats."""
+
+    prompt: Text
+    completion: Text
+
+
+class ChoicesRow(Message):
+    """A prompt, what could follow it and which choice is right. Loss: cross-entropy over the choices, in nats."""
+
+    prompt: Text
+    choices: Annotated[list[Text], Field(min_length=2, max_length=MAX_CHOICES)]
+    answer: Annotated[int, Field(ge=0, strict=True)]
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> ChoicesRow:
+        if self.answer >= len(self.choices):
+            raise ValueError(f"answer must be below the number of choices ({len(self.choices)})")
+        return self
+
+
+Row = CompletionRow | ChoicesRow
+
+
+class BasisSpec(Message):
+    """What an adapter's basis is taken from."""
+
+    source: Literal["activations", "random"] = Field(
+        "activations",
+        description="The inputs' top right singular vectors, or a random orthonormal basis to compare with.",
+    )
+    positions: Literal["scored", "prompt", "both"] = Field(
+        "scored",
+        description="Positions whose activations count: those that predict a continuation's token, all of the "
+        "prompt's, or both, each kind weighted to the same energy.",
+    )
+    centred: bool = Field(False, description="Take the mean activation away before the decomposition.")
+    passes: Literal[1, 2] = Field(1, description="Passes over the calibration rows; a second one sharpens the basis.")
+    oversampling: Annotated[int, Field(ge=0, le=64)] = Field(8, description="Columns of the sketch beyond the rank.")
+    seed: Seed = Field(0, description="Seed of the sketch, or of the random basis.")
+
+
+class CreateAdapter(Message):
+    name: Annotated[str, Field(pattern=TENANT_ADAPTER, description="tenant/adapter")]
+    rank: Annotated[int, Field(ge=1, le=512)] = 4
+    sites: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="Full names or last components of layers; all of the model's sites if left out."
+    )
+    noise: Literal["rademacher", "gaussian"] = "rademacher"
+    basis: BasisSpec = Field(default_factory=BasisSpec)
+
+
+class NoiseInfo(Message):
+    distribution: Literal["rademacher", "gaussian"]
+    version: int
+
+
+class BasisInfo(BasisSpec):
+    digest: str | None = None
+    energy: dict[str, float] | None = Field(
+        None, description="Share of each input's activation energy that the basis keeps, 0 to 1."
+    )
+    positions_seen: int | None = None
+
+    def spec(self) -> BasisSpec:
+        """What was asked for, without what came of it."""
+        return BasisSpec(**self.model_dump(include=set(BasisSpec.model_fields)))
+
+
+class AdapterInfo(Message):
+    name: str
+    version: int
+    rank: int
+    noise: NoiseInfo
+    sites: list[str]
+    parameters: int
+    basis: BasisInfo
+    digest: str | None = Field(None, description="Digest of the newest coefficients.")
+    created: datetime
+    state: Literal["new", "ready"] = Field(description="new: the basis has not been taken yet.")
+
+
+class AdapterList(Message):
+    adapters: list[AdapterInfo]
+
+
+class Calibrate(Message):
+    rows: list[Row] = []
+
+
+class BasisResult(Message):
+    digest: str
+    energy: dict[str, float]
+    rows: int
+    positions_seen: int
+
+
+class Probe(Message):
+    seed: Seed
+    epsilon: Epsilon
+    sides: Literal["both", "plus"] = "both"
+
+
+class Normaliser(Message):
+    """Divides the summed terms, by coordinate, by sqrt(offset + sum_i b_i Z(seed_i)^2) + epsilon."""
+
+    terms: Annotated[list[Term], Field(max_length=MAX_TERMS)] = []
+    offset: Annotated[Scalar, Field(ge=0)] = 0.0
+    epsilon: Annotated[Scalar, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _weights_are_not_negative(self) -> Normaliser:
+        for i, (_, weight) in enumerate(self.terms):
+            if weight < 0:
+                raise ValueError(f"terms[{i}]: weights of squares must not be negative")
+        return self
+
+
+class Update(Message):
+    """C <- (1 - decay) C + sum_i a_i Z(seed_i): float32, terms in listed order."""
+
+    base_version: Version
+    terms: Annotated[list[Term], Field(max_length=MAX_TERMS)]
+    decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
+    normaliser: Normaliser | None = None
+    key: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
+        None, description="Idempotency key: an update sent twice under one key is applied once."
+    )
+
+    def to_wire(self) -> wire.Update:
+        return wire.Update.from_json(self.model_dump())
+
+
+class UpdateResult(Message):
+    version: int
+    digest: str
+    applied: bool = Field(description="False: an update with this key had been applied before; nothing changed.")
+
+
+class AskLosses(Message):
+    version: Version | None = Field(None, description="Checked after a carried update is applied; newest if left out.")
+    probes: list[Probe] = []
+    rows: Annotated[list[Row], Field(min_length=1)]
+    base: bool = Field(False, description="Also answer with the unperturbed loss.")
+    update: Update | None = Field(None, description="Applied first, so that a training step is one round trip.")
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> AskLosses:
+        if not self.probes and not self.base:
+            raise ValueError("probes must not be empty unless base is true")
+        return self
+
+
+class ProbeLoss(Message):
+    seed: int
+    epsilon: float
+    plus: float
+    minus: float | None
+
+
+class Timing(Message):
+    """Wall-clock seconds on the server."""
+
+    update_s: float
+    forward_s: float
+    total_s: float
+
+
+class Losses(Message):
+    version: int
+    losses: list[ProbeLoss]
+    base: float | None
+    tokens: int = Field(description="Tokens that went through the model.")
+    update: UpdateResult | None
+    timing: Timing
+
+
+class SignedProbe(Message):
+    seed: Seed
+    epsilon: Epsilon
+    sign: Literal[1, -1] = 1
+
+
+class AskScores(Message):
+    version: Version | None = None
+    probe: SignedProbe | None = None
+    rows: Annotated[list[Row], Field(min_length=1)]
+
+
+class RowScores(Message):
+    logprobs: list[float] = Field(description="Summed log-likelihood of the completion, or of each choice, in nats.")
+    tokens: list[int] = Field(description="Tokens of the completion, or of each choice.")
+    loss: float
+
+
+class Scores(Message):
+    version: int
+    rows: list[RowScores]
+    loss: float
+    tokens: int
+
+
+class ChatMessage(Message):
+    role: str
+    content: str
+
+
+class AskGeneration(Message):
+    version: Version | None = None
+    probe: SignedProbe | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> AskGeneration:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of prompt and messages is needed")
+        return self
+
+
+class Generation(Message):
+    version: int
+    text: str
+    token_ids: list[int]
+    finish_reason: Literal["stop", "length"]
+
+
+class JournalEntry(Message):
+    version: int
+    base_version: int
+    terms: list[Term]
+    decay: float
+    normaliser: Normaliser | None
+    key: str | None
+    digest: str
+    time: datetime
+
+
+class JournalPage(Message):
+    adapter: str
+    basis_digest: str
+    noise: NoiseInfo
+    updates: list[JournalEntry]
+
+
+class SiteInfo(Message):
+    index: int
+    name: str
+    input: str
+    in_features: int
+    out_features: int
+
+
+class ModelInfo(Message):
+    name: str
+    digest: str
+    dtype: str
+
+
+class EngineInfo(Message):
+    name: Literal["vllm", "transformers"]
+    version: str
+
+
+class NoiseSpec(Message):
+    version: int
+    distributions: list[str]
+
+
+class Limits(Message):
+    max_rank: int
+    max_probes: int
+    max_rows: int
+    max_row_tokens: int
+    max_call_tokens: int
+    max_terms: int
+    max_choices: int
+
+
+class Info(Message):
+    model: ModelInfo
+    engine: EngineInfo
+    noise: NoiseSpec
+    sites: list[SiteInfo]
+    limits: Limits
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Message):
+    error: ErrorObject
+    request_id: str

@@ -1,0 +1,68 @@
+"""Updates applied with NumPy alone: the reference that every server must match.
+
+An update is ``C <- (1 - decay) C + sum_i a_i Z(seed_i)``, or with a normaliser
+``C <- (1 - decay) C + (sum_i a_i Z_i) / (sqrt(offset + sum_i b_i Z_i^2) + epsilon)``.
+Every scalar is rounded to float32 first and terms are added in listed order, in float32. For Rademacher noise each
+``a_i z`` is exact, fused multiply-add or not, so every device reaches the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoact_remote.layout import Layout
+from zoact_remote.noise import Distribution, draw
+from zoact_remote.wire import Update
+
+
+def direction(layout: Layout, distribution: Distribution, seed: int) -> NDArray[np.float32]:
+    """Z(seed) for a whole adapter: float32 ``[layout.size]``, gaps zero."""
+    flat = np.zeros(layout.size, dtype=np.float32)
+    for offset, site in zip(layout.offsets, layout.sites, strict=True):
+        count = layout.count(site)
+        flat[offset : offset + count] = draw(distribution, seed, site.index, count)
+    return flat
+
+
+def apply_update(
+    flat: NDArray[np.float32], layout: Layout, distribution: Distribution, update: Update
+) -> NDArray[np.float32]:
+    """The coefficients after an update.
+
+    Args:
+        flat: float32 ``[layout.size]``, left as it is.
+        layout: where the sites lie in it.
+        distribution: the adapter's noise.
+        update: terms, decay and normaliser; its versions are not looked at.
+
+    Returns:
+        float32 ``[layout.size]``.
+
+    """
+    kept = flat * np.float32(1.0 - update.decay) if update.decay else flat.copy()
+    if update.normaliser is None:
+        return _add_terms(kept, update.terms, layout, distribution)
+    step = _add_terms(np.zeros_like(kept), update.terms, layout, distribution)
+    moment = np.full_like(kept, np.float32(update.normaliser.offset))
+    for seed, scalar in update.normaliser.terms:
+        moment += np.float32(scalar) * np.square(direction(layout, distribution, seed))
+    return kept + step / (np.sqrt(moment) + np.float32(update.normaliser.epsilon))
+
+
+def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:
+    """The coefficients that a journal leads to, from zero: float32 ``[layout.size]``."""
+    flat = np.zeros(layout.size, dtype=np.float32)
+    for update in updates:
+        flat = apply_update(flat, layout, distribution, update)
+    return flat
+
+
+def _add_terms(
+    flat: NDArray[np.float32], terms: Iterable[tuple[int, float]], layout: Layout, distribution: Distribution
+) -> NDArray[np.float32]:
+    for seed, scalar in terms:
+        flat += np.float32(scalar) * direction(layout, distribution, seed)
+    return flat
