@@ -1,0 +1,301 @@
+"""Client and adapter: what each call sends, and what it makes of the answer."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+import responses
+from responses import matchers
+
+from zoact_remote import Adapter, Basis, Client, Conflict, InvalidValue, NotFound, Probe, ServerError, Side, Update
+
+URL = "http://server:8000"
+API = f"{URL}/zoact/v1"
+PATH = f"{API}/adapters/acme/triage"
+ROW = {"prompt": "It was", "choices": [" bad", " good"], "answer": 1}
+INFO: dict[str, Any] = {
+    "model": {"name": "tiny", "digest": "sha256:1", "dtype": "float32"},
+    "engine": {"name": "transformers", "version": "5"},
+    "noise": {"version": 1, "distributions": ["rademacher", "gaussian"]},
+    "sites": [
+        {"index": i, "name": f"layers.0.{name}", "input": "mlp", "in_features": 8, "out_features": 4}
+        for i, name in enumerate(("up_proj", "down_proj"))
+    ],
+    "limits": {
+        "max_rank": 64,
+        "max_probes": 64,
+        "max_rows": 256,
+        "max_row_tokens": 2048,
+        "max_call_tokens": 65536,
+        "max_terms": 4096,
+        "max_choices": 128,
+    },
+}
+
+
+def adapter_json(**changes: Any) -> dict[str, Any]:
+    made = {
+        "name": "acme/triage",
+        "version": 0,
+        "rank": 4,
+        "noise": {"distribution": "rademacher", "version": 1},
+        "sites": ["layers.0.up_proj", "layers.0.down_proj"],
+        "parameters": 32,
+        "basis": Basis().to_json() | {"digest": None, "energy": None, "positions_seen": None},
+        "digest": None,
+        "created": "2026-11-22T01:02:03Z",
+        "state": "new",
+    }
+    return made | changes
+
+
+@pytest.fixture
+def server() -> Iterator[responses.RequestsMock]:
+    with responses.RequestsMock() as mock:
+        yield mock
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    monkeypatch.setattr("zoact_remote.client.POLL_S", 0.001)
+    with Client(URL) as client:
+        client._transport._sleep = lambda seconds: None
+        yield client
+
+
+@pytest.fixture
+def adapter(client: Client, server: responses.RequestsMock) -> Adapter:
+    server.get(PATH, json=adapter_json())
+    return client.adapter("acme/triage")
+
+
+def sent(server: responses.RequestsMock, call: int = -1) -> Any:
+    return json.loads(server.calls[call].request.body)  # type: ignore[arg-type]
+
+
+def test_url_and_key_from_the_environment(monkeypatch: pytest.MonkeyPatch, server: responses.RequestsMock) -> None:
+    monkeypatch.setenv("ZOACT_URL", URL + "/")
+    monkeypatch.setenv("ZOACT_API_KEY", "secret")
+    server.get(f"{API}/adapters", json={"adapters": [adapter_json()]})
+    with Client() as client:
+        assert [info.name for info in client.adapters()] == ["acme/triage"]
+        assert client.url == URL
+    assert server.calls[0].request.headers["Authorization"] == "Bearer secret"
+
+
+def test_info(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{API}/info", json=INFO)
+    info = client.info()
+    assert (info.model, info.engine, info.noise_version) == ("tiny", "transformers", 1)
+    assert info.sites[1].name == "layers.0.down_proj"
+    assert info.limits.max_terms == 4096
+
+
+def test_wait_until_ready(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{API}/info", body=requests.ConnectionError("refused"))
+    server.get(f"{API}/info", status=503)
+    server.get(f"{API}/info", json=INFO)
+    assert client.wait_until_ready(timeout=5).model == "tiny"
+
+
+def test_wait_until_ready_gives_up(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{API}/info", status=503, json={"error": {"message": "loading", "code": "not_ready"}})
+    with pytest.raises(ServerError, match="loading"):
+        client.wait_until_ready(timeout=0)
+
+
+def test_wait_until_ready_does_not_wait_for_what_will_not_come(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{API}/info", status=404)
+    with pytest.raises(NotFound):
+        client.wait_until_ready(timeout=60)
+
+
+def test_create_adapter(client: Client, server: responses.RequestsMock) -> None:
+    server.post(f"{API}/adapters", status=201, json=adapter_json(rank=8))
+    adapter = client.create_adapter("acme/triage", rank=8, sites=["down_proj"], basis=Basis(positions="both"))
+    assert adapter.info.rank == 8
+    assert sent(server) == {
+        "name": "acme/triage",
+        "rank": 8,
+        "sites": ["down_proj"],
+        "noise": "rademacher",
+        "basis": Basis(positions="both").to_json(),
+    }
+
+
+def exists(server: responses.RequestsMock) -> None:
+    error = {"message": "acme/triage exists", "code": "adapter_exists"}
+    server.post(f"{API}/adapters", status=409, json={"error": error})
+
+
+def test_create_adapter_that_exists(client: Client, server: responses.RequestsMock) -> None:
+    exists(server)
+    with pytest.raises(Conflict):
+        client.create_adapter("acme/triage")
+
+
+def test_create_adapter_that_may_exist(client: Client, server: responses.RequestsMock) -> None:
+    exists(server)
+    server.get(PATH, json=adapter_json(version=3))
+    server.get(f"{API}/info", json=INFO)
+    assert client.create_adapter("acme/triage", exist_ok=True).info.version == 3
+
+
+@pytest.mark.parametrize(
+    ("properties", "message"),
+    [
+        ({"rank": 8}, "rank is 4, not 8"),
+        ({"noise": "gaussian"}, "noise is rademacher, not gaussian"),
+        ({"sites": ["down_proj"]}, "2 sites are not the 1 asked for"),
+        ({"basis": Basis(centred=True)}, "basis is"),
+    ],
+)
+def test_create_adapter_that_exists_but_differs(
+    client: Client, server: responses.RequestsMock, properties: dict[str, Any], message: str
+) -> None:
+    exists(server)
+    server.get(PATH, json=adapter_json())
+    server.get(f"{API}/info", json=INFO)
+    with pytest.raises(Conflict, match=message):
+        client.create_adapter("acme/triage", exist_ok=True, **properties)
+
+
+@pytest.mark.parametrize("name", ["triage", "a/b/c", "/triage", "acme/", ""])
+def test_adapter_names(client: Client, name: str) -> None:
+    with pytest.raises(InvalidValue, match="tenant/adapter"):
+        client.adapter(name)
+
+
+def test_calibrate(adapter: Adapter, server: responses.RequestsMock) -> None:
+    result = {"digest": "sha256:2", "energy": {"mlp": 0.9}, "rows": 1, "positions_seen": 2}
+    server.post(f"{PATH}/basis", json=result)
+    server.get(PATH, json=adapter_json(state="ready"))
+    assert adapter.calibrate([ROW]).energy == {"mlp": 0.9}
+    assert sent(server, 1) == {"rows": [ROW]}
+    assert adapter.info.state == "ready"
+
+
+LOSSES = {
+    "version": 5,
+    "losses": [{"seed": 7, "epsilon": 0.5, "plus": 1.0, "minus": 0.5}],
+    "base": 0.75,
+    "tokens": 12,
+    "update": {"version": 5, "digest": "sha256:3", "applied": True},
+    "timing": {"update_s": 0.1, "forward_s": 0.2, "total_s": 0.4},
+}
+
+
+def test_losses_carry_an_update_whose_key_outlives_retries(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.post(f"{PATH}/losses", status=502)
+    server.post(f"{PATH}/losses", body=requests.ConnectionError("reset"))
+    server.post(f"{PATH}/losses", json=LOSSES)
+    losses = adapter.losses([ROW], [Probe(7, 0.5)], base=True, version=5, update=Update(4, ((1, 0.25),)))
+    assert losses.losses[0].minus == 0.5
+    assert losses.update is not None
+    assert losses.update.applied
+    assert losses.timing.total_s == 0.4
+    keys = {sent(server, i)["update"]["key"] for i in (1, 2, 3)}
+    assert len(keys) == 1
+    assert None not in keys
+    body = sent(server)
+    assert body["probes"] == [{"seed": 7, "epsilon": 0.5, "sides": "both"}]
+    assert (body["version"], body["base"], body["rows"]) == (5, True, [ROW])
+
+
+def test_updates_are_keyed_and_retried(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.post(f"{PATH}/updates", status=504)
+    server.post(f"{PATH}/updates", json={"version": 1, "digest": "sha256:3", "applied": False})
+    assert not adapter.update(Update(0, ((1, 0.5),))).applied
+    assert sent(server, 1) == sent(server, 2)
+    assert sent(server)["key"]
+
+
+def test_a_key_of_ones_own_is_kept(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.post(f"{PATH}/updates", json={"version": 1, "digest": "sha256:3", "applied": True})
+    adapter.update(Update(0, (), key="mine"))
+    assert sent(server)["key"] == "mine"
+
+
+def test_scores(adapter: Adapter, server: responses.RequestsMock) -> None:
+    rows = [{"logprobs": [-1.5, -0.5], "tokens": [1, 1], "loss": 0.3}]
+    server.post(f"{PATH}/scores", json={"version": 2, "rows": rows, "loss": 0.3, "tokens": 4})
+    scores = adapter.scores([ROW], version=2, probe=Side(7, 0.5, -1))
+    assert scores.rows[0].logprobs == (-1.5, -0.5)
+    assert sent(server) == {"version": 2, "probe": {"seed": 7, "epsilon": 0.5, "sign": -1}, "rows": [ROW]}
+
+
+def test_generate(adapter: Adapter, server: responses.RequestsMock) -> None:
+    answer = {"version": 2, "text": "4", "token_ids": [19], "finish_reason": "stop"}
+    server.post(f"{PATH}/generate", json=answer)
+    assert adapter.generate(messages=[{"role": "user", "content": "2 + 2?"}], max_tokens=4).text == "4"
+    assert "prompt" not in sent(server)
+    assert adapter.generate("2 + 2 =").token_ids == (19,)
+    assert "messages" not in sent(server)
+    with pytest.raises(InvalidValue):
+        adapter.generate()
+    with pytest.raises(InvalidValue):
+        adapter.generate("2", messages=[])
+
+
+def test_journal_is_read_to_its_end(adapter: Adapter, server: responses.RequestsMock) -> None:
+    def page(after: int, versions: range) -> None:
+        updates = [
+            Update(v - 1, ((v, 0.5),), key=str(v)).to_json()
+            | {"version": v, "digest": "sha256:3", "time": "2026-11-22T01:02:03Z"}
+            for v in versions
+        ]
+        query = matchers.query_param_matcher({"after": after, "limit": 2})
+        server.get(f"{PATH}/journal", json={"adapter": "acme/triage", "updates": updates}, match=[query])
+
+    page(0, range(1, 3))
+    page(2, range(3, 4))
+    page(3, range(0))
+    entries = list(adapter.journal(page=2))
+    assert [entry.version for entry in entries] == [1, 2, 3]
+    assert entries[2].update.terms == ((3, 0.5),)
+
+
+def archive(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+EXPORT = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"weights" * 1000, "zoact.json": b"{}"}
+
+
+def test_export(adapter: Adapter, server: responses.RequestsMock, tmp_path: Path) -> None:
+    query = matchers.query_param_matcher({"version": 3, "dtype": "bfloat16"})
+    server.get(f"{PATH}/export", status=502, match=[query])
+    server.get(f"{PATH}/export", body=archive(EXPORT | {"../evil": b"x", "other": b"y"}), match=[query])
+    made = adapter.export(tmp_path / "peft" / "triage", version=3, dtype="bfloat16")
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == EXPORT
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("body", [b"not an archive", archive({"adapter_config.json": b"{}"})])
+def test_a_broken_export_leaves_nothing(
+    adapter: Adapter, server: responses.RequestsMock, tmp_path: Path, body: bytes
+) -> None:
+    server.get(f"{PATH}/export", body=body)
+    with pytest.raises(ServerError, match="unpacked"):
+        adapter.export(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_delete_is_not_repeated(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.delete(PATH, status=502)
+    with pytest.raises(ServerError):
+        adapter.delete()
+    server.delete(PATH, status=204)
+    adapter.delete()
+    assert len(server.calls) == 3

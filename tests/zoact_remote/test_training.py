@@ -1,0 +1,299 @@
+"""The loop against an adapter that keeps the protocol's promises: a small regression in memory."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from zoact_remote import (
+    SGD,
+    Adam,
+    ConnectionFailed,
+    Estimator,
+    ForwardDifference,
+    GaussianAdam,
+    InvalidValue,
+    Losses,
+    Optimizer,
+    Probe,
+    Row,
+    Scores,
+    StaleVersion,
+    StepRecord,
+    Trainer,
+    TrainingDiverged,
+    TwoPoint,
+    Update,
+    UpdateResult,
+    linear,
+)
+from zoact_remote.noise import draw
+from zoact_remote.wire import ProbeLoss, RowScore
+
+Vector = NDArray[np.float64]
+SIZE = 6
+TARGET = np.linspace(-1.0, 1.0, SIZE)
+ROWS: list[Row] = [
+    {"prompt": list(map(float, x)), "completion": float(x @ TARGET)}
+    for x in np.random.default_rng(0).normal(size=(40, SIZE))
+]
+
+
+class Regression:
+    """Least squares with the semantics of an adapter: versions, keyed updates, losses after a carried update."""
+
+    def __init__(self, distribution: Any = "rademacher") -> None:
+        self.distribution = distribution
+        self.versions = [np.zeros(SIZE)]
+        self.keys: dict[str, tuple[int, Update]] = {}
+        self.calls: list[str] = []
+        self.fail: set[int] = set()
+
+    @cache  # noqa: B019  (an adapter lives as long as its test)
+    def z(self, seed: int) -> Vector:
+        return draw(self.distribution, seed, 0, SIZE).astype(np.float64)
+
+    def loss(self, rows: Sequence[Row], c: Vector) -> float:
+        inputs, outputs = np.array([row["prompt"] for row in rows]), np.array([row["completion"] for row in rows])
+        return float(np.mean((inputs @ c - outputs) ** 2))
+
+    def _apply(self, update: Update) -> UpdateResult:
+        assert update.key is not None
+        if update.key in self.keys:
+            version, known = self.keys[update.key]
+            assert known == update
+            return UpdateResult(version, "", False)
+        if update.base_version != len(self.versions) - 1:
+            raise StaleVersion("stale", current_version=len(self.versions) - 1)
+        change = sum((a * self.z(seed) for seed, a in update.terms), np.zeros(SIZE))
+        if update.normaliser is not None:
+            squares = sum((b * self.z(seed) ** 2 for seed, b in update.normaliser.terms), np.zeros(SIZE))
+            change = change / (np.sqrt(update.normaliser.offset + squares) + update.normaliser.epsilon)
+        self.versions.append((1.0 - update.decay) * self.versions[-1] + change)
+        self.keys[update.key] = (len(self.versions) - 1, update)
+        return UpdateResult(len(self.versions) - 1, "", True)
+
+    def update(self, update: Update) -> UpdateResult:
+        self.calls.append("update")
+        return self._apply(update)
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        self.calls.append("losses")
+        result = None if update is None else self._apply(update)
+        if len(self.calls) in self.fail:
+            raise ConnectionFailed("cut off", sent=True)
+        at = len(self.versions) - 1 if version is None else version
+        c = self.versions[at]
+        found = [
+            ProbeLoss(
+                p.seed,
+                p.epsilon,
+                self.loss(rows, c + p.epsilon * self.z(p.seed)),
+                self.loss(rows, c - p.epsilon * self.z(p.seed)) if p.sides == "both" else None,
+            )
+            for p in probes
+        ]
+        return Losses(at, tuple(found), self.loss(rows, c) if base else None, len(rows), result)
+
+    def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
+        self.calls.append("scores")
+        at = len(self.versions) - 1 if version is None else version
+        losses = [self.loss([row], self.versions[at]) for row in rows]
+        return Scores(at, tuple(RowScore((-x,), (1,), x) for x in losses), float(np.mean(losses)), len(rows))
+
+
+def trainer(adapter: Regression, **changes: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "estimator": TwoPoint(epsilon=0.25),
+        "optimizer": Adam(),
+        "schedule": 0.03,
+        "rows": ROWS,
+        "steps": 30,
+        "batch_size": 8,
+    }
+    return Trainer(adapter, **(settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("noise", "estimator", "optimizer", "rate"),
+    [
+        ("rademacher", TwoPoint(0.25), SGD(), 0.02),
+        ("rademacher", TwoPoint(0.25, probes=2), SGD(momentum=0.9), 0.005),
+        ("rademacher", TwoPoint(0.25), Adam(), 0.05),
+        ("rademacher", ForwardDifference(2.0**-10, probes=4), Adam(), 0.05),
+        ("gaussian", TwoPoint(0.25), GaussianAdam(window=16), 0.05),
+    ],
+)
+def test_it_learns(noise: str, estimator: Estimator, optimizer: Optimizer, rate: float) -> None:
+    adapter = Regression(noise)
+    run = trainer(
+        adapter, estimator=estimator, optimizer=optimizer, schedule=linear(rate, 600), steps=600, eval_rows=ROWS
+    )
+    before, after = run.run().evaluations
+    assert after.loss < 0.02 * before.loss
+    np.testing.assert_allclose(adapter.versions[-1], TARGET, atol=0.25)
+
+
+def test_two_runs_are_the_same_to_the_bit() -> None:
+    first, second, other = Regression(), Regression(), Regression()
+    trainer(first).run()
+    trainer(second).run()
+    trainer(other, seed=1).run()
+    np.testing.assert_array_equal(first.versions, second.versions)
+    assert not np.array_equal(first.versions[-1], other.versions[-1])
+
+
+def test_a_step_is_one_call() -> None:
+    adapter = Regression()
+    history = trainer(adapter, steps=5).run()
+    assert adapter.calls == ["losses"] * 5 + ["update"]
+    assert len(adapter.versions) == 6
+    assert [record.version for record in history.steps] == [0, 1, 2, 3, 4]
+
+
+def test_it_starts_from_the_newest_version() -> None:
+    adapter = Regression()
+    trainer(adapter, steps=3).run()
+    history = trainer(adapter, steps=2).run()
+    assert [record.version for record in history.steps] == [3, 4]
+
+
+@pytest.mark.parametrize("cut", [1, 7, 29])
+@pytest.mark.parametrize("make", [lambda: SGD(0.9), lambda: Adam(), lambda: Adam(truncation=0.5)])
+def test_a_restored_run_goes_on_to_the_bit(make: Callable[[], Optimizer], cut: int) -> None:
+    whole, halves = Regression(), Regression()
+    straight = trainer(whole, optimizer=make()).run()
+    first = trainer(halves, optimizer=make(), callbacks=[lambda run, record: stop_after(run, record, cut)])
+    saved: list[str] = []
+    first.callbacks = [*first.callbacks, lambda run, record: saved.append(json.dumps(run.state_dict()))]
+    assert first.run().stopped == "enough"
+    second = trainer(halves, optimizer=make())
+    second.load_state_dict(json.loads(saved[-1]))
+    resumed = second.run()
+    np.testing.assert_array_equal(whole.versions, halves.versions)
+    assert [r.terms for r in resumed.steps] == [r.terms for r in straight.steps[cut:]]
+    assert resumed.steps[0].step == cut
+
+
+def test_an_early_state_catches_up_without_updating_twice() -> None:
+    adapter, saved = Regression(), list[str]()
+    run = trainer(adapter, callbacks=[lambda run, record: saved.append(json.dumps(run.state_dict()))])
+    run.run()
+    versions = [c.copy() for c in adapter.versions]
+    again = trainer(adapter)
+    again.load_state_dict(json.loads(saved[10]))
+    again.run()
+    np.testing.assert_array_equal(adapter.versions, versions)
+
+
+def stop_after(run: Trainer, record: StepRecord, steps: int) -> None:
+    if record.step + 1 == steps:
+        run.stop("enough")
+
+
+def test_a_step_that_failed_can_be_done_again() -> None:
+    steady, shaky = Regression(), Regression()
+    trainer(steady).run()
+    shaky.fail = {4, 5, 20}
+    run = trainer(shaky)
+    for _ in shaky.fail:
+        with pytest.raises(ConnectionFailed):
+            run.run()
+    run.run()
+    np.testing.assert_array_equal(steady.versions, shaky.versions)
+
+
+def test_evaluations() -> None:
+    adapter = Regression()
+    history = trainer(adapter, steps=5, eval_rows=ROWS[:4], eval_every=2).run()
+    assert history.baseline is not None
+    assert [evaluation.version for evaluation in history.evaluations] == [0, 2, 4, 5]
+    assert [record.step for record in history.steps if record.evaluation] == [1, 3, 4]
+    json.dumps(history.to_json(), allow_nan=False)
+
+
+def test_records() -> None:
+    history = trainer(Regression(), steps=2, estimator=TwoPoint(0.25, probes=3)).run()
+    record = history.steps[1]
+    assert (record.step, record.learning_rate, record.epsilon, record.tokens) == (1, 0.03, 0.25, 8)
+    assert len(record.terms) == 3
+    assert record.seconds > 0
+    assert record.to_json()["evaluation"] is None
+
+
+def test_every_epoch_takes_every_row_once_in_a_new_order() -> None:
+    run = trainer(Regression(), batch_size=7)
+    rows = [tuple(row["prompt"]) for step in range(40) for row in run.batch(step)]
+    epochs = [rows[start : start + len(ROWS)] for start in range(0, len(rows), len(ROWS))]
+    everything = sorted(tuple(row["prompt"]) for row in ROWS)
+    assert all(sorted(epoch) == everything for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+    assert len(trainer(Regression(), rows=ROWS[:3], batch_size=7).batch(0)) == 7
+
+
+def test_seeds_are_64_bits_wide_and_new() -> None:
+    history = trainer(Regression(), estimator=TwoPoint(0.25, probes=4)).run()
+    seeds = [seed for record in history.steps for seed, _ in record.terms]
+    assert len(set(seeds)) == len(seeds) == 120
+    assert max(seeds) > 2**62
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("estimator", [TwoPoint(0.25), ForwardDifference(0.25)])
+def test_divergence_makes_no_update(bad: float, estimator: Estimator) -> None:
+    adapter = Regression()
+    run = trainer(adapter, estimator=estimator, callbacks=[lambda run, record: stop_after(run, record, 3)])
+    run.run()
+    adapter.loss = lambda rows, c: bad  # type: ignore[method-assign]
+    with pytest.raises(TrainingDiverged, match=r"step 3: the loss .* at version 3"):
+        run.run()
+    run.flush()
+    assert len(adapter.versions) == 4
+    assert run.step == 3
+
+
+def test_a_side_without_a_loss_is_divergence() -> None:
+    class OneSided(Regression):
+        def losses(self, *args: Any, **kwargs: Any) -> Losses:
+            found = super().losses(*args, **kwargs)
+            lost = tuple(ProbeLoss(x.seed, x.epsilon, x.plus, None) for x in found.losses)
+            return Losses(found.version, lost, None, 0)
+
+    with pytest.raises(TrainingDiverged, match="is None"):
+        trainer(OneSided()).run()
+
+
+def test_another_writer_is_noticed() -> None:
+    adapter = Regression()
+    interfere: list[Callable[[Trainer, StepRecord], None]] = [
+        lambda run, record: None if record.step else adapter.versions.append(adapter.versions[-1])
+    ]
+    with pytest.raises(StaleVersion):
+        trainer(adapter, callbacks=interfere).run()
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 9}, {"rows": ROWS[:39]}, {"optimizer": SGD()}])
+def test_a_state_of_another_run_is_refused(changes: dict[str, Any]) -> None:
+    state = trainer(Regression()).state_dict()
+    with pytest.raises(InvalidValue):
+        trainer(Regression(), **changes).load_state_dict(state)
+
+
+@pytest.mark.parametrize("changes", [{"rows": []}, {"steps": 0}, {"batch_size": 0}, {"eval_every": 0}])
+def test_settings_are_checked(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        trainer(Regression(), **changes)
+    assert caught.value.param in changes

@@ -1,0 +1,94 @@
+"""Values on the wire: checks, and JSON there and back."""
+
+import json
+import math
+from datetime import datetime, timezone
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zoact_remote import Basis, InvalidValue, Losses, Normaliser, Probe, Side, Update
+from zoact_remote.wire import JournalEntry
+
+SEEDS = st.integers(0, 2**64 - 1)
+SCALARS = st.floats(allow_nan=False, allow_infinity=False)
+TERMS = st.lists(st.tuples(SEEDS, SCALARS), max_size=4)
+WEIGHTS = st.lists(st.tuples(SEEDS, st.floats(0, 1e6)), max_size=4)
+NORMALISERS = st.builds(Normaliser, WEIGHTS, st.floats(0, 1e6), st.floats(1e-12, 1.0))
+UPDATES = st.builds(
+    Update,
+    base_version=st.integers(0, 2**40),
+    terms=TERMS,
+    decay=st.floats(0, 1),
+    normaliser=st.none() | NORMALISERS,
+    key=st.none() | st.text(min_size=1, max_size=128),
+)
+
+
+@settings(max_examples=50)
+@given(UPDATES)
+def test_update_survives_json_exactly(update: Update) -> None:
+    assert Update.from_json(json.loads(json.dumps(update.to_json()))) == update
+
+
+@pytest.mark.parametrize(
+    ("make", "param"),
+    [
+        (lambda: Probe(-1, 0.1), "seed"),
+        (lambda: Probe(2**64, 0.1), "seed"),
+        (lambda: Probe(1.5, 0.1), "seed"),  # type: ignore[arg-type]
+        (lambda: Probe(1, 0.0), "epsilon"),
+        (lambda: Probe(1, -0.1), "epsilon"),
+        (lambda: Probe(1, math.nan), "epsilon"),
+        (lambda: Probe(1, math.inf), "epsilon"),
+        (lambda: Probe(1, 0.1, "minus"), "sides"),  # type: ignore[arg-type]
+        (lambda: Side(1, 0.1, 0), "sign"),  # type: ignore[arg-type]
+        (lambda: Update(-1, ()), "base_version"),
+        (lambda: Update(0, ((1, 0.5), (2, math.nan))), "terms[1][1]"),
+        (lambda: Update(0, ((2**64, 0.5),)), "terms[0][0]"),
+        (lambda: Update(0, (), decay=1.5), "decay"),
+        (lambda: Update(0, (), decay=-0.5), "decay"),
+        (lambda: Update(0, (), key=""), "key"),
+        (lambda: Normaliser(((1, -0.5),), 0.0, 1e-8), "terms[0][1]"),
+        (lambda: Normaliser((), -1.0, 1e-8), "offset"),
+        (lambda: Normaliser((), 1.0, 0.0), "epsilon"),
+        (lambda: Basis(source="weights"), "source"),  # type: ignore[arg-type]
+        (lambda: Basis(passes=3), "passes"),  # type: ignore[arg-type]
+        (lambda: Basis(oversampling=-1), "oversampling"),
+    ],
+)
+def test_wrong_values_are_named(make: object, param: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        make()  # type: ignore[operator]
+    assert caught.value.param == param
+    assert str(caught.value).startswith(f"{param}: ")
+
+
+def test_numpy_scalars_become_plain_ones() -> None:
+    update = Update(np.int64(3), [(np.uint64(2**64 - 1), np.float32(0.5))])  # type: ignore[arg-type]
+    assert json.dumps(update.to_json()["terms"]) == "[[18446744073709551615, 0.5]]"
+
+
+def test_losses_that_are_not_finite() -> None:
+    answer = {
+        "version": 1,
+        "losses": [{"seed": 1, "epsilon": 0.5, "plus": None, "minus": None}],
+        "base": None,
+        "tokens": 3,
+        "later": "members that this version does not know",
+    }
+    losses = Losses.from_json(answer)
+    assert math.isnan(losses.losses[0].plus)
+    assert losses.losses[0].minus is None
+    assert losses.base is None
+    assert losses.timing.total_s == 0.0
+
+
+@pytest.mark.parametrize("time", ["2026-11-22T01:02:03Z", "2026-11-22T01:02:03+00:00"])
+def test_journal_entry(time: str) -> None:
+    update = Update(4, ((7, 0.25),), key="k")
+    entry = JournalEntry.from_json(update.to_json() | {"version": 5, "digest": "sha256:0", "time": time})
+    assert entry.update == update
+    assert entry.time == datetime(2026, 11, 22, 1, 2, 3, tzinfo=timezone.utc)

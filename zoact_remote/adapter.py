@@ -1,0 +1,249 @@
+"""One adapter on a server, and the calls that it answers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any, Literal
+from urllib.parse import quote
+
+from zoact_remote.errors import InvalidValue, ServerError
+from zoact_remote.transport import Transport
+from zoact_remote.wire import (
+    AdapterInfo,
+    BasisResult,
+    Generation,
+    JournalEntry,
+    Losses,
+    Probe,
+    Row,
+    Scores,
+    Side,
+    Update,
+    UpdateResult,
+)
+
+EXPORTED = ("adapter_config.json", "adapter_model.safetensors", "zoact.json")
+"""Files of an export."""
+
+
+class Adapter:
+    """One adapter on a server. Made by :meth:`Client.adapter` and :meth:`Client.create_adapter`.
+
+    Attributes:
+        name: ``tenant/adapter``.
+        info: what the server last said about it; :meth:`refresh` asks anew.
+
+    """
+
+    info: AdapterInfo
+
+    def __init__(self, transport: Transport, name: str) -> None:
+        parts = name.split("/")
+        if len(parts) != 2 or not all(parts):
+            raise InvalidValue("name", f"an adapter is named tenant/adapter, got {name!r}")
+        self.name = name
+        self._path = "/adapters/" + "/".join(quote(part, safe="") for part in parts)
+        self._transport = transport
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.name} at {self._transport.url}>"
+
+    def refresh(self) -> AdapterInfo:
+        """Ask the server about the adapter; the answer is kept as :attr:`info`."""
+        self.info = self._transport.call("GET", self._path, AdapterInfo.from_json, repeatable=True)
+        return self.info
+
+    def calibrate(self, rows: Sequence[Row] = ()) -> BasisResult:
+        """Take the basis, once, from the activations on some rows.
+
+        Args:
+            rows: typical data; may be empty for a random basis.
+
+        Raises:
+            Conflict: the adapter has its basis already.
+
+        """
+        result = self._transport.call(
+            "POST", f"{self._path}/basis", BasisResult.from_json, json={"rows": _plain(rows)}, repeatable=False
+        )
+        self.refresh()
+        return result
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        """Mean losses of a batch under probes.
+
+        Args:
+            rows: the batch.
+            probes: may be empty if ``base`` is true.
+            base: also answer with the unperturbed loss.
+            version: the version to probe, checked after ``update`` is applied; None for the newest.
+            update: applied first, so that a training step is one round trip.
+
+        Raises:
+            StaleVersion: the update's base version is not the newest one; nothing was changed.
+            Conflict: the adapter has no basis yet, or the update's key was used for another update.
+            TooLarge: a row or the batch exceeds a limit.
+
+        """
+        body = {
+            "version": version,
+            "probes": [probe.to_json() for probe in probes],
+            "rows": _plain(rows),
+            "base": base,
+            "update": None if update is None else _keyed(update).to_json(),
+        }
+        return self._transport.call("POST", f"{self._path}/losses", Losses.from_json, json=body, repeatable=True)
+
+    def update(self, update: Update) -> UpdateResult:
+        """Apply an update.
+
+        It is applied once, however often it must be sent: an update without a key is given one.
+
+        Raises:
+            StaleVersion: its base version is not the newest one; nothing was changed.
+            Conflict: the adapter has no basis yet, or the key was used for another update.
+
+        """
+        body = _keyed(update).to_json()
+        return self._transport.call("POST", f"{self._path}/updates", UpdateResult.from_json, json=body, repeatable=True)
+
+    def scores(self, rows: Sequence[Row], *, version: int | None = None, probe: Side | None = None) -> Scores:
+        """Log-likelihoods, row by row.
+
+        Args:
+            rows: at most :attr:`~zoact_remote.wire.Limits.max_rows`; :func:`zoact_remote.evaluate` takes any number.
+            version: None for the newest; 0 is the base model.
+            probe: score a perturbation of that version.
+
+        """
+        body = {"version": version, "probe": None if probe is None else probe.to_json(), "rows": _plain(rows)}
+        return self._transport.call("POST", f"{self._path}/scores", Scores.from_json, json=body, repeatable=True)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        version: int | None = None,
+        probe: Side | None = None,
+    ) -> Generation:
+        """Generate text.
+
+        Args:
+            prompt: text or token ids; give this or ``messages``.
+            messages: a conversation, put through the model's chat template.
+            max_tokens: most tokens to generate.
+            temperature: 0 takes the likeliest token each time.
+            seed: of the sampling.
+            version: None for the newest; 0 is the base model.
+            probe: generate from a perturbation of that version.
+
+        """
+        if (prompt is None) == (messages is None):
+            raise InvalidValue("prompt", "give either a prompt or messages")
+        body: dict[str, Any] = {
+            "version": version,
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+            "probe": None if probe is None else probe.to_json(),
+        }
+        if messages is not None:
+            body["messages"] = [dict(message) for message in messages]
+        else:
+            body["prompt"] = prompt if isinstance(prompt, str) else list(prompt or ())
+        return self._transport.call("POST", f"{self._path}/generate", Generation.from_json, json=body, repeatable=False)
+
+    def journal(self, after: int = 0, *, page: int = 1000) -> Iterator[JournalEntry]:
+        """All updates, oldest first, fetched page by page.
+
+        Args:
+            after: leave out updates up to this version.
+            page: updates a call.
+
+        """
+        while True:
+            entries = self._transport.call(
+                "GET",
+                f"{self._path}/journal",
+                lambda data: [JournalEntry.from_json(item) for item in data["updates"]],
+                params={"after": after, "limit": page},
+                repeatable=True,
+            )
+            if not entries:
+                return
+            yield from entries
+            after = entries[-1].version
+
+    def export(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        version: int | None = None,
+        dtype: Literal["float32", "float16", "bfloat16"] = "float32",
+    ) -> Path:
+        """Write a version as a PEFT adapter, which PEFT and vLLM load.
+
+        Args:
+            directory: made if it does not exist; files of the same names in it are replaced.
+            version: None for the newest.
+            dtype: of the weights.
+
+        Returns:
+            The directory.
+
+        """
+        target = Path(directory)
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile() as archive:
+            self._transport.download(f"{self._path}/export", archive, params={"version": version, "dtype": dtype})
+            archive.seek(0)
+            _unpack(archive, target)
+        return target
+
+    def delete(self) -> None:
+        """Delete the adapter, its coefficients and its journal. There is no way back."""
+        self._transport.call("DELETE", self._path, lambda answer: None, repeatable=False)
+
+
+def _keyed(update: Update) -> Update:
+    return update if update.key is not None else replace(update, key=uuid.uuid4().hex)
+
+
+def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    return [dict(row) for row in rows]
+
+
+def _unpack(archive: IO[bytes], target: Path) -> None:
+    """Unpack the files that an export consists of, all of them or none; other members are passed over."""
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        try:
+            with tarfile.open(fileobj=archive) as tar:
+                for name in EXPORTED:
+                    source = tar.extractfile(name)
+                    if source is None:
+                        raise KeyError(f"{name} is not a file")
+                    with source, open(Path(scratch, name), "wb") as file:
+                        shutil.copyfileobj(source, file)
+        except (tarfile.TarError, KeyError) as error:
+            raise ServerError(f"the export could not be unpacked: {error}") from error
+        for name in EXPORTED:
+            os.replace(Path(scratch, name), target / name)

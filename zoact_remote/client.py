@@ -1,0 +1,165 @@
+"""The client of a server that holds adapters."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zoact_remote.adapter import Adapter
+from zoact_remote.errors import Conflict, ConnectionFailed, ZoActError
+from zoact_remote.layout import select_sites
+from zoact_remote.noise import Distribution
+from zoact_remote.transport import REFUSED, Transport
+from zoact_remote.wire import AdapterInfo, Basis, Info
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["Adapter", "Client"]
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+POLL_S = 0.5
+
+
+class Client:
+    """A server that holds adapters.
+
+    A client may be used from several threads. Close it, or use it as a context manager, to release its connections.
+
+    Args:
+        url: where the server is; ``$ZOACT_URL``, else ``http://127.0.0.1:8000``, if None.
+        api_key: ``$ZOACT_API_KEY`` if None.
+        timeout: seconds to connect, and seconds between bytes of an answer.
+        retries: how often a call is sent again at most, where that is safe (:mod:`zoact_remote.transport`).
+
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout: tuple[float, float] = (5.0, 600.0),
+        retries: int = 5,
+    ) -> None:
+        self._transport = Transport(
+            url or os.environ.get("ZOACT_URL") or DEFAULT_URL,
+            api_key=api_key or os.environ.get("ZOACT_API_KEY") or None,
+            timeout=timeout,
+            retries=retries,
+        )
+
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        return self._transport.url
+
+    def info(self) -> Info:
+        """The server's model, sites, noise specification and limits."""
+        return self._transport.call("GET", "/info", Info.from_json, repeatable=True)
+
+    def wait_until_ready(self, timeout: float = 120.0) -> Info:
+        """Wait for a server that is starting.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ZoActError: the last failure, if the server does not answer in time; at once, if it answers with an error
+                other than that it is busy.
+
+        """
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, retries=0)
+            except ZoActError as error:
+                waiting = isinstance(error, ConnectionFailed) or error.status in REFUSED
+                if not waiting or time.monotonic() + POLL_S > deadline:
+                    raise
+            time.sleep(POLL_S)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """The adapters that the API key may use."""
+        return self._transport.call(
+            "GET", "/adapters", lambda data: [AdapterInfo.from_json(item) for item in data["adapters"]], repeatable=True
+        )
+
+    def adapter(self, name: str) -> Adapter:
+        """An adapter that exists.
+
+        Args:
+            name: ``tenant/adapter``.
+
+        Raises:
+            NotFound: it does not.
+
+        """
+        adapter = Adapter(self._transport, name)
+        adapter.refresh()
+        return adapter
+
+    def create_adapter(
+        self,
+        name: str,
+        *,
+        rank: int = 4,
+        sites: Sequence[str] | None = None,
+        noise: Distribution = "rademacher",
+        basis: Basis | None = None,
+        exist_ok: bool = False,
+    ) -> Adapter:
+        """Create an adapter: rank, sites, noise and basis are fixed from here on.
+
+        Args:
+            name: ``tenant/adapter``.
+            rank: columns of each coefficient matrix.
+            sites: full names or last components of layers; None for all that the server offers.
+            noise: distribution of the probes.
+            basis: what the basis will be taken from, ``Basis()`` if None; :meth:`Adapter.calibrate` takes it.
+            exist_ok: return the adapter if it exists already with these very properties.
+
+        Raises:
+            Conflict: it exists, and ``exist_ok`` is false or its properties differ.
+
+        """
+        adapter = Adapter(self._transport, name)
+        basis = basis or Basis()
+        body = {
+            "name": name,
+            "rank": rank,
+            "sites": None if sites is None else list(sites),
+            "noise": noise,
+            "basis": basis.to_json(),
+        }
+        try:
+            adapter.info = self._transport.call("POST", "/adapters", AdapterInfo.from_json, json=body, repeatable=False)
+        except Conflict as conflict:
+            if not exist_ok or conflict.code != "adapter_exists":
+                raise
+            found = adapter.refresh()
+            wanted = {site.name for site in select_sites(self.info().sites, sites)}
+            compared = {"rank": (found.rank, rank), "noise": (found.noise, noise), "basis": (found.basis, basis)}
+            differing = [f"{key} is {has}, not {want}" for key, (has, want) in compared.items() if has != want]
+            if set(found.sites) != wanted:
+                differing.append(f"{len(found.sites)} sites are not the {len(wanted)} asked for")
+            if differing:
+                raise Conflict(
+                    f"{name} exists, but its {'; its '.join(differing)}",
+                    status=conflict.status,
+                    code=conflict.code,
+                    request_id=conflict.request_id,
+                ) from None
+        return adapter
+
+    def close(self) -> None:
+        """Release the connections."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,155 @@
+"""What can go wrong in a call, as one exception class per remedy."""
+
+# ruff: noqa: N818  (names that say what happened, as in requests)
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class InvalidValue(ValueError):
+    """A value that no server would accept, found before anything was sent.
+
+    Attributes:
+        param: path of the value at fault, such as ``terms[3]``; the same form as :attr:`ZoActError.param`.
+
+    """
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(f"{param}: {message}")
+        self.param = param
+
+
+class ZoActError(Exception):
+    """A call that failed.
+
+    Attributes:
+        message: what went wrong, in the server's words where it answered.
+        status: HTTP status code; None if no answer came.
+        code: a short word that programs can match, such as ``adapter_not_found``.
+        param: path of the field at fault, such as ``rows[3].prompt``.
+        request_id: names the call in the server's log.
+        retry_after: seconds that the server asked to wait; None if it named none.
+
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        code: str | None = None,
+        param: str | None = None,
+        request_id: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.code = code
+        self.param = param
+        self.request_id = request_id
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        notes = [str(note) for note in (self.status, self.code) if note is not None]
+        if self.request_id is not None:
+            notes.append(f"request {self.request_id}")
+        return f"{self.message} ({', '.join(notes)})" if notes else self.message
+
+
+class BadRequest(ZoActError):
+    """The call is at fault; sending it again will not help."""
+
+
+class TooLarge(BadRequest):
+    """A row, a batch or an update exceeds a limit of the server (see :attr:`zoact_remote.wire.Info.limits`)."""
+
+
+class AuthenticationError(ZoActError):
+    """The API key is missing or wrong, or does not own the adapter."""
+
+
+class NotFound(ZoActError):
+    """No such adapter, or no such version of it."""
+
+
+class Conflict(ZoActError):
+    """The adapter's state forbids the call: it exists already, or its basis does or does not."""
+
+
+class StaleVersion(ZoActError):
+    """An update's base version is not the newest one: someone else has updated the adapter. Nothing was changed.
+
+    Attributes:
+        current_version: the adapter's newest version; None if the server did not say.
+
+    """
+
+    def __init__(self, message: str, *, current_version: int | None = None, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.current_version = current_version
+
+
+class RateLimited(ZoActError):
+    """The server has too much to do, and still did after all retries."""
+
+
+class ServerError(ZoActError):
+    """The server failed, or its answer could not be understood."""
+
+
+class ConnectionFailed(ZoActError):
+    """No complete answer came.
+
+    Attributes:
+        sent: False if the connection was never made, so that the server cannot have acted on the call.
+
+    """
+
+    def __init__(self, message: str, *, sent: bool, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.sent = sent
+
+
+_BY_STATUS: dict[int, type[ZoActError]] = {
+    401: AuthenticationError,
+    403: AuthenticationError,
+    404: NotFound,
+    409: Conflict,
+    412: StaleVersion,
+    413: TooLarge,
+    429: RateLimited,
+}
+
+
+def error_of(status: int, body: Any, *, request_id: str | None, retry_after: float | None, fallback: str) -> ZoActError:
+    """The exception for an answer that is not a success.
+
+    Args:
+        status: HTTP status code.
+        body: the decoded JSON body, of any shape; proxies answer in their own.
+        request_id: names the call in the server's log.
+        retry_after: seconds that the server asked to wait.
+        fallback: the message where the body holds none.
+
+    """
+    error = body.get("error") if isinstance(body, Mapping) else None
+    if not isinstance(error, Mapping):
+        error = {"message": error} if isinstance(error, str) else {}
+    code = error.get("code")
+    details: dict[str, Any] = {
+        "status": status,
+        "code": None if code is None else str(code),
+        "param": error.get("param"),
+        "request_id": request_id,
+        "retry_after": retry_after,
+    }
+    message = str(error.get("message") or fallback)
+    kind = _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
+    if kind is StaleVersion:
+        return StaleVersion(message, current_version=error.get("current_version"), **details)
+    if code == "context_length_exceeded":
+        kind = TooLarge
+    return kind(message, **details)

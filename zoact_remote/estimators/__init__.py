@@ -1,0 +1,7 @@
+"""Gradient estimators: which probes to ask for, and what their losses say."""
+
+from zoact_remote.estimators.base import Ask, Draw, Estimate, Estimator
+from zoact_remote.estimators.forward_difference import ForwardDifference
+from zoact_remote.estimators.two_point import TwoPoint
+
+__all__ = ["Ask", "Draw", "Estimate", "Estimator", "ForwardDifference", "TwoPoint"]

@@ -1,0 +1,77 @@
+"""The interface of estimators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from zoact_remote.errors import InvalidValue
+from zoact_remote.wire import Losses, Probe, Term
+
+Draw: TypeAlias = Callable[[], int]
+"""Returns a fresh 64-bit seed each time."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a step must evaluate.
+
+    Attributes:
+        probes: perturbations of the coefficients.
+        base: whether the unperturbed loss is needed.
+
+    """
+
+    probes: tuple[Probe, ...]
+    base: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate of the loss's gradient in the coefficients: ``sum_i g_i Z(seed_i)``.
+
+    Attributes:
+        terms: ``(seed_i, g_i)``; the average over probes is taken already.
+        loss: the batch's loss, or what the probes say of it, in nats.
+
+    """
+
+    terms: tuple[Term, ...]
+    loss: float
+
+
+class Estimator(Protocol):
+    """Turns losses under probes into a gradient. Holds no state between steps.
+
+    For probes with E z = 0 and E z z' = I (Rademacher and Gaussian both), an estimate's mean is the gradient up to a
+    bias that vanishes with epsilon.
+    """
+
+    def ask(self, draw: Draw) -> Ask:
+        """What to evaluate next, with seeds from ``draw``."""
+        ...
+
+    def tell(self, losses: Losses) -> Estimate:
+        """The estimate from the losses that were asked for."""
+        ...
+
+
+@dataclass(frozen=True)
+class ProbeSettings:
+    """How many probes a step, and how far out.
+
+    Attributes:
+        epsilon: distance of a probe, greater than 0. Too small a value measures the model's rounding: in bfloat16,
+            2^-10 can be wrong by half where 2^-7 is not. A power of two scales probes without rounding.
+        probes: directions a step, whose estimates are averaged.
+
+    """
+
+    epsilon: float = 2.0**-7
+    probes: int = 1
+
+    def __post_init__(self) -> None:
+        Probe(0, self.epsilon)  # checks epsilon
+        if self.probes < 1:
+            raise InvalidValue("probes", f"must be at least 1, got {self.probes}")

@@ -1,0 +1,83 @@
+"""Adam for Rademacher probes: one scalar second moment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from zoact_remote.estimators.base import Estimate
+from zoact_remote.optimizers import checks
+from zoact_remote.optimizers.base import Optimizer
+from zoact_remote.optimizers.window import Window
+from zoact_remote.wire import Json, Update
+
+
+@dataclass(eq=False)
+class Adam(Optimizer):
+    """Adam with decoupled weight decay, whose state is one number and a short list of seeds.
+
+    A step's gradient estimate is ``sum_i g_i Z_i`` (the ``g_i`` include the average's 1/q).
+
+    First moment
+        ``m_t = beta1 m_{t-1} + (1 - beta1) sum_i g_i Z_i`` is linear in past probes, and is kept as their list. Steps
+        with ``beta1^k`` below ``truncation`` are dropped: for z = +-1 no coordinate of m is then off by more than
+        ``truncation`` times the largest ``sum_i |g_i|`` among the steps dropped.
+    Second moment
+        ``v_t = beta2 v_{t-1} + (1 - beta2) sum_i g_i^2``. With z = +-1 and one probe a step, ``(g z)^2 = g^2`` in every
+        coordinate, so that this scalar *is* Adam's second moment. With q probes the squared estimate is
+        ``sum_i g_i^2`` plus cross terms ``g_i g_j z_i z_j`` that differ by coordinate and have mean zero; the scalar is
+        its mean over coordinates.
+
+    The update is ``C <- (1 - lr weight_decay) C - lr m_hat / (sqrt(v_hat) + epsilon)``, with both moments corrected for
+    their start at zero.
+
+    For Gaussian probes the second moment differs by coordinate: see
+    :class:`~zoact_remote.optimizers.adam_gaussian.GaussianAdam`.
+
+    Sources: Kingma and Ba, arXiv 1412.6980, algorithm 1; Loshchilov and Hutter, arXiv 1711.05101, algorithm 2.
+
+    Args:
+        beta1: decay of the first moment, at least 0 and below 1.
+        beta2: decay of the second moment, at least 0 and below 1.
+        epsilon: greater than 0.
+        weight_decay: at least 0.
+        truncation: at least 0 (keep everything) and below 1. At beta1 0.9 the default keeps 66 steps.
+
+    """
+
+    kind: ClassVar[str] = "adam"
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    truncation: float = 1e-3
+
+    def __post_init__(self) -> None:
+        checks.share(beta1=self.beta1, beta2=self.beta2, truncation=self.truncation)
+        checks.positive(epsilon=self.epsilon)
+        checks.not_negative(weight_decay=self.weight_decay)
+        self._first = Window(self.beta1, Window.length_for(self.beta1, self.truncation))
+        self._second = 0.0
+        self._steps = 0
+
+    def step(self, estimate: Estimate, learning_rate: float, base_version: int) -> Update:
+        """See :meth:`Optimizer.step`."""
+        self._steps += 1
+        self._first.push(estimate.terms)
+        square = math.fsum(g * g for _, g in estimate.terms)
+        self._second = self.beta2 * self._second + (1.0 - self.beta2) * square
+        deviation = math.sqrt(self._second / (1.0 - self.beta2**self._steps))
+        first_scale = (1.0 - self.beta1) / (1.0 - self.beta1**self._steps)
+        terms = self._first.terms(-learning_rate * first_scale / (deviation + self.epsilon))
+        return Update(base_version, tuple(terms), decay=learning_rate * self.weight_decay)
+
+    def _state(self) -> Json:
+        return {"steps": self._steps, "first": self._first.to_json(), "second": self._second}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        self._steps = state["steps"]
+        self._first.load_json(state["first"])
+        self._second = state["second"]

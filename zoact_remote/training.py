@@ -1,0 +1,315 @@
+"""The training loop: one round trip a step.
+
+A step asks for the losses of a batch under probes and turns them into an update. The update travels with the *next*
+step's losses, so that a step is one call; the last one is sent by itself.
+
+Everything random follows from ``(seed, step)``: the batch of a step and the seeds of its probes are functions of the
+two and of nothing drawn before. So a run's state is small, a step that failed can be done again, and two runs with the
+same seed send the same calls.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zoact_remote.errors import InvalidValue
+from zoact_remote.estimators import Ask, Draw, Estimator
+from zoact_remote.evaluation import Evaluation, Scorer, evaluate
+from zoact_remote.optimizers import Optimizer
+from zoact_remote.schedules import Schedule, constant
+from zoact_remote.wire import Json, Losses, Probe, Row, Term, Update, UpdateResult
+
+BATCHES, PROBES = 0, 1
+"""Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818
+    """A loss is not finite. No update was made from it."""
+
+
+class Trainable(Scorer, Protocol):
+    """What can be trained; an :class:`~zoact_remote.adapter.Adapter` is one."""
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        """Mean losses of a batch under probes, after a carried update."""
+        ...
+
+    def update(self, update: Update) -> UpdateResult:
+        """Apply an update."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What a step did.
+
+    Attributes:
+        step: its number, from 0.
+        version: the version that it probed.
+        loss: the batch's loss, in nats.
+        terms: the gradient estimate, ``(seed, g)``.
+        learning_rate: of the update that it made.
+        epsilon: distance of its probes; None if it asked for none.
+        tokens: tokens that went through the model.
+        seconds: wall-clock time, without evaluations.
+        server_seconds: the server's share of it.
+        evaluation: of the version that it made, if it was evaluated.
+
+    """
+
+    step: int
+    version: int
+    loss: float
+    terms: tuple[Term, ...]
+    learning_rate: float
+    epsilon: float | None
+    tokens: int
+    seconds: float
+    server_seconds: float
+    evaluation: Evaluation | None = None
+
+    def to_json(self) -> Json:
+        """The record, fit for a line of JSON."""
+        evaluation = None if self.evaluation is None else self.evaluation.to_json()
+        return asdict(replace(self, evaluation=None)) | {"evaluation": evaluation}
+
+
+@dataclass
+class History:
+    """What a run did.
+
+    Attributes:
+        baseline: evaluation before the first step; None without evaluation rows, or for a resumed run.
+        steps: one a step.
+        stopped: why a callback stopped the run; None if it did not.
+
+    """
+
+    baseline: Evaluation | None = None
+    steps: list[StepRecord] = field(default_factory=list)
+    stopped: str | None = None
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        """All evaluations, the baseline first."""
+        found = [self.baseline, *(record.evaluation for record in self.steps)]
+        return [evaluation for evaluation in found if evaluation is not None]
+
+    def to_json(self) -> Json:
+        """The history, fit for JSON."""
+        return {
+            "baseline": None if self.baseline is None else self.baseline.to_json(),
+            "steps": [record.to_json() for record in self.steps],
+            "stopped": self.stopped,
+        }
+
+
+Callback: TypeAlias = "Callable[[Trainer, StepRecord], None]"
+
+
+class Trainer:
+    """Trains an adapter.
+
+    Args:
+        adapter: what to train. Nobody else may update it meanwhile.
+        estimator: which probes to ask for.
+        optimizer: what to make of their losses.
+        schedule: learning rate by step; a number for a constant one.
+        rows: training rows, at least one. Every epoch takes them in a new order; batches run on across epochs.
+        batch_size: rows a step.
+        steps: of the whole run.
+        seed: of the data's order and the probes; at least 0.
+        eval_rows: evaluated before the first step, every ``eval_every`` steps and at the end.
+        eval_every: None for only the first and last.
+        callbacks: called after every step with the trainer and the step's record. A callback may :meth:`stop` the run,
+            or keep :meth:`state_dict` to resume from.
+
+    """
+
+    def __init__(
+        self,
+        adapter: Trainable,
+        estimator: Estimator,
+        optimizer: Optimizer,
+        schedule: Schedule | float,
+        rows: Sequence[Row],
+        *,
+        steps: int,
+        batch_size: int = 16,
+        seed: int = 0,
+        eval_rows: Sequence[Row] = (),
+        eval_every: int | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        if not rows:
+            raise InvalidValue("rows", "at least one row is needed")
+        counts = {"steps": steps, "batch_size": batch_size, "eval_every": 1 if eval_every is None else eval_every}
+        for name, count in counts.items():
+            if count < 1:
+                raise InvalidValue(name, f"must be at least 1, got {count}")
+        self.adapter = adapter
+        self.estimator = estimator
+        self.optimizer = optimizer
+        self.schedule = schedule if callable(schedule) else constant(schedule)
+        self.rows = rows
+        self.steps = steps
+        self.batch_size = batch_size
+        self.seed = seed
+        self.eval_rows = eval_rows
+        self.eval_every = eval_every
+        self.callbacks = callbacks
+        self.history = History()
+        self.step = 0
+        """Steps done."""
+        self.version: int | None = None
+        """The version that the next call expects, once a carried update is applied; None before the first."""
+        self._pending: Update | None = None
+        self._run = uuid.uuid4().hex
+
+    def run(self) -> History:
+        """Train until all steps are done or a callback stops the run.
+
+        May be called again after an error: it goes on with the step that failed.
+
+        Raises:
+            TrainingDiverged: a loss is not finite; no update was made from it.
+            ZoActError: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
+                the adapter.
+
+        """
+        self.history.stopped = None
+        if self.step == 0 and self.eval_rows:
+            self.history.baseline = evaluate(self.adapter, self.eval_rows, version=self.version)
+        while self.step < self.steps and self.history.stopped is None:
+            record = self._step()
+            self.history.steps.append(record)
+            if self._evaluation_is_due():
+                self.flush()
+                record = replace(record, evaluation=evaluate(self.adapter, self.eval_rows, version=self.version))
+                self.history.steps[-1] = record
+            for callback in self.callbacks:
+                callback(self, record)
+        self.flush()
+        return self.history
+
+    def _step(self) -> StepRecord:
+        started = time.perf_counter()
+        ask = self.estimator.ask(self._draw())
+        losses = self.adapter.losses(
+            self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
+        )
+        self.version, self._pending = losses.version, None
+        self._check_finite(ask, losses)
+        estimate = self.estimator.tell(losses)
+        learning_rate = self.schedule(self.step)
+        update = self.optimizer.step(estimate, learning_rate, losses.version)
+        # A key that follows from run and step: a run resumed from an earlier state repeats its updates without effect.
+        self._pending = replace(update, key=f"{self._run}-{self.step}")
+        self.version += 1
+        self.step += 1
+        return StepRecord(
+            step=self.step - 1,
+            version=losses.version,
+            loss=estimate.loss,
+            terms=estimate.terms,
+            learning_rate=learning_rate,
+            epsilon=ask.probes[0].epsilon if ask.probes else None,
+            tokens=losses.tokens,
+            seconds=time.perf_counter() - started,
+            server_seconds=losses.timing.total_s,
+        )
+
+    def flush(self) -> None:
+        """Send the update that waits for the next step, if there is one."""
+        if self._pending is not None:
+            self.version = self.adapter.update(self._pending).version
+            self._pending = None
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step; for callbacks."""
+        self.history.stopped = reason
+
+    def batch(self, step: int) -> list[Row]:
+        """The rows of a step."""
+        first = step * self.batch_size
+        places = (divmod(first + i, len(self.rows)) for i in range(self.batch_size))
+        orders: dict[int, NDArray[np.int64]] = {}
+        batch = []
+        for epoch, place in places:
+            if epoch not in orders:
+                stream = np.random.SeedSequence(self.seed, spawn_key=(BATCHES, epoch))
+                orders[epoch] = np.random.default_rng(stream).permutation(len(self.rows))
+            batch.append(self.rows[orders[epoch][place]])
+        return batch
+
+    def state_dict(self) -> Json:
+        """All that the next step depends on, but for the data and the adapter, fit for JSON; a few kilobytes."""
+        return {
+            "run": self._run,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": len(self.rows),
+            "step": self.step,
+            "version": self.version,
+            "pending": None if self._pending is None else self._pending.to_json(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, on the same data.
+
+        Raises:
+            InvalidValue: the state belongs to a run with another seed, batch size, number of rows or optimiser.
+
+        """
+        for name, value in (("seed", self.seed), ("batch_size", self.batch_size), ("rows", len(self.rows))):
+            if state[name] != value:
+                raise InvalidValue(name, f"was {state[name]} in the saved state, is {value} here")
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._run = state["run"]
+        self.step = state["step"]
+        self.version = state["version"]
+        self._pending = None if state["pending"] is None else Update.from_json(state["pending"])
+
+    def _draw(self) -> Draw:
+        # Raw words of the bit generator, whose stream NumPy keeps from version to version.
+        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, self.step)))
+        return lambda: int(words.random_raw())
+
+    def _evaluation_is_due(self) -> bool:
+        due = self.step == self.steps or (self.eval_every is not None and self.step % self.eval_every == 0)
+        return due and bool(self.eval_rows)
+
+    def _check_finite(self, ask: Ask, losses: Losses) -> None:
+        for place, loss in _losses_of(ask, losses):
+            if loss is None or not math.isfinite(loss):
+                raise TrainingDiverged(
+                    f"step {self.step}: the loss {place} is {loss}, at version {losses.version}. No update was made "
+                    "from it. A lower learning rate helps if training losses rose before; a smaller epsilon if not."
+                )
+
+
+def _losses_of(ask: Ask, losses: Losses) -> Iterator[tuple[str, float | None]]:
+    """Every loss asked for, with where it was taken."""
+    if ask.base:
+        yield "without a probe", losses.base
+    for probe, loss in zip(ask.probes, losses.losses, strict=True):
+        yield f"at +{probe.epsilon:g} Z({probe.seed})", loss.plus
+        if probe.sides == "both":
+            yield f"at -{probe.epsilon:g} Z({probe.seed})", loss.minus

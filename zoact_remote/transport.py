@@ -1,0 +1,238 @@
+"""HTTP with safe retries: a call is sent again only where the server cannot have acted on it twice.
+
+A call is *repeatable* if doing it twice is the same as doing it once: reads, and updates that carry a key. Repeatable
+calls are sent again after any failure that may pass. Other calls are sent again only if the server never received them
+or said that it would not take them now (429, 503).
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from typing import IO, Any, TypeVar
+
+import requests
+import tenacity
+from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
+
+from zoact_remote.errors import ConnectionFailed, InvalidValue, ServerError, ZoActError, error_of
+
+PREFIX = "/zoact/v1"
+REFUSED = frozenset({429, 503})
+"""The server has not acted on the call, and will take it later."""
+PASSING = REFUSED | {502, 504}
+"""A gateway failed; the server may have acted on the call."""
+BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
+"""Failures of the connection that may pass."""
+BACKOFF = tenacity.wait_exponential(multiplier=0.5, max=30.0) + tenacity.wait_random(0.0, 0.5)
+LONGEST_WAIT_S = 120.0
+"""A server that asks for a longer wait is not waited for."""
+CHUNK_BYTES = 1 << 20
+
+Answer = TypeVar("Answer")
+
+
+class Transport:
+    """Sends calls to one server.
+
+    Args:
+        url: where the server is, such as ``http://127.0.0.1:8000``.
+        api_key: sent as a bearer token; None for none.
+        timeout: seconds to connect, and seconds between bytes of an answer.
+        retries: how often a call is sent again at most.
+        sleep: waits for a number of seconds; tests replace it.
+
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: tuple[float, float] = (5.0, 600.0),
+        retries: int = 5,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"the URL must start with http:// or https://, got {url!r}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
+        self.url = url.rstrip("/")
+        self.timeout = timeout
+        self.retries = retries
+        self._sleep = sleep
+        self._session = requests.Session()
+        if api_key is not None:
+            # An auth object, not a header: requests would let a matching .netrc entry replace the header.
+            self._session.auth = _Bearer(api_key)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        decode: Callable[[Any], Answer],
+        *,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        repeatable: bool,
+        retries: int | None = None,
+    ) -> Answer:
+        """Make a call and decode its answer.
+
+        Args:
+            method: HTTP method.
+            path: below ``/zoact/v1``.
+            decode: makes the result from the answer's JSON; from None where the answer has no content.
+            json: body.
+            params: query; entries that are None are left out.
+            repeatable: whether the call may be sent again although the server may have acted on it.
+            retries: in place of the transport's own number.
+
+        Raises:
+            ZoActError: the call failed, after retries where they were safe.
+
+        """
+
+        def read(response: requests.Response) -> Answer:
+            try:
+                return decode(response.json() if response.content else None)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise ServerError(
+                    f"{method} {path}: the answer could not be understood ({type(error).__name__}: {error}); is "
+                    f"{self.url} a server with the ZO-Act extension, of a version that fits this client's?",
+                    status=response.status_code,
+                    request_id=response.headers.get("x-request-id"),
+                ) from error
+
+        return self._send(method, path, read, json=json, params=params, repeatable=repeatable, retries=retries)
+
+    def download(self, path: str, file: IO[bytes], *, params: Mapping[str, Any] | None = None) -> None:
+        """Write the answer to a GET to a file, from the file's start.
+
+        Raises:
+            ZoActError: the call failed, after retries.
+
+        """
+
+        def read(response: requests.Response) -> None:
+            file.seek(0)
+            file.truncate()
+            for chunk in response.iter_content(CHUNK_BYTES):
+                file.write(chunk)
+
+        self._send("GET", path, read, params=params, repeatable=True, stream=True)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        read: Callable[[requests.Response], Answer],
+        *,
+        json: Any = None,
+        params: Mapping[str, Any] | None = None,
+        repeatable: bool,
+        retries: int | None = None,
+        stream: bool = False,
+    ) -> Answer:
+        # One id for all attempts: in the server's log they are one call.
+        request_id = f"zoact-{uuid.uuid4().hex}"
+
+        def attempt() -> Answer:
+            try:
+                with self._session.request(
+                    method,
+                    self.url + PREFIX + path,
+                    json=json,
+                    params=params,
+                    headers={"x-request-id": request_id},
+                    timeout=self.timeout,
+                    stream=stream,
+                ) as response:
+                    if not response.ok:
+                        raise _error_in(response, method, path, request_id)
+                    return read(response)
+            except requests.exceptions.InvalidJSONError as error:
+                raise InvalidValue("body", str(error)) from error
+            except requests.RequestException as error:
+                raise ConnectionFailed(
+                    f"{method} {self.url}{PREFIX}{path}: {error}", sent=_was_sent(error), request_id=request_id
+                ) from error
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(1 + (self.retries if retries is None else retries)),
+            retry=tenacity.retry_if_exception(lambda error: _may_retry(error, repeatable)),
+            wait=_wait,
+            sleep=self._sleep,
+            reraise=True,
+        )
+        return retrying(attempt)
+
+
+class _Bearer(requests.auth.AuthBase):
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+def _may_retry(error: BaseException, repeatable: bool) -> bool:
+    if isinstance(error, ConnectionFailed):
+        cause = error.__cause__
+        passing = isinstance(cause, BROKEN) and not isinstance(cause, requests.exceptions.SSLError)
+        return passing and (repeatable or not error.sent)
+    if not isinstance(error, ZoActError) or (error.retry_after or 0.0) > LONGEST_WAIT_S:
+        return False
+    return error.status in (PASSING if repeatable else REFUSED)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    error = state.outcome.exception() if state.outcome is not None else None
+    asked = error.retry_after if isinstance(error, ZoActError) else None
+    return BACKOFF(state) if asked is None else asked
+
+
+def _was_sent(error: requests.RequestException) -> bool:
+    """Whether any of the call may have reached the server."""
+    if isinstance(error, requests.exceptions.ConnectTimeout):
+        return False
+    cause = error.args[0] if error.args else None
+    reason = cause.reason if isinstance(cause, MaxRetryError) else cause
+    return not isinstance(reason, (NewConnectionError, ConnectTimeoutError))
+
+
+def _error_in(response: requests.Response, method: str, path: str, request_id: str) -> ZoActError:
+    try:
+        body = response.json()
+    except requests.exceptions.JSONDecodeError:
+        body = None
+    return error_of(
+        response.status_code,
+        body,
+        request_id=response.headers.get("x-request-id") or request_id,
+        retry_after=_retry_after(response.headers.get("retry-after")),
+        fallback=f"{method} {path}: {response.status_code} {response.reason}",
+    )
+
+
+def _retry_after(header: str | None) -> float | None:
+    """Seconds that a Retry-After header asks to wait: it holds seconds, or a date (RFC 9110, section 10.2.3)."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(header)
+    except ValueError:
+        return None
+    aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
+    return max(0.0, (aware - datetime.now(timezone.utc)).total_seconds())

@@ -1,0 +1,50 @@
+"""What travels between client and server, as frozen dataclasses (JSON under ``/zoact/v1``).
+
+Rows of data are plain mappings, in one of two forms. Text is tokenised on the server; lists of token ids are accepted
+in its place::
+
+    {"prompt": "2 + 2 =", "completion": " 4"}
+    {"prompt": "What a film! It was", "choices": [" terrible", " great"], "answer": 1}
+
+The loss of a completion row is the mean negative log-likelihood of the completion's tokens; that of a choices row is
+the cross-entropy of the softmax over the choices' summed log-likelihoods. Both are in nats.
+"""
+
+from zoact_remote.wire.answers import (
+    AdapterInfo,
+    BasisResult,
+    Generation,
+    Info,
+    JournalEntry,
+    Limits,
+    Losses,
+    ProbeLoss,
+    RowScore,
+    Scores,
+    Timing,
+    UpdateResult,
+)
+from zoact_remote.wire.values import Basis, Json, Normaliser, Probe, Row, Side, Term, Update
+
+__all__ = [
+    "AdapterInfo",
+    "Basis",
+    "BasisResult",
+    "Generation",
+    "Info",
+    "JournalEntry",
+    "Json",
+    "Limits",
+    "Losses",
+    "Normaliser",
+    "Probe",
+    "ProbeLoss",
+    "Row",
+    "RowScore",
+    "Scores",
+    "Side",
+    "Term",
+    "Timing",
+    "Update",
+    "UpdateResult",
+]
