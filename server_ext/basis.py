@@ -1,7 +1,7 @@
 """The activation basis: top right singular vectors of a layer's inputs, from one streaming pass.
 
 For activations X ``[positions, d]`` the vectors wanted are the leading eigenvectors of A = X'X. A itself is d x d for
-every input and is never formed: the pass keeps Y = A Omega for a random Omega ``[d, l]``, l = rank + oversampling, which
+every input and is never formed: the pass keeps Y = A Omega for a random Omega ``[d, l]``, l = rank + oversampling: it
 takes O(d l) memory whatever the number of positions. A is then approximated from Y and Omega alone (the shifted Nystrom
 approximation of Tropp, Yurtsever, Udell and Cevher, "Fixed-rank approximation of a positive-semidefinite matrix from
 streaming data", NeurIPS 2017, algorithm 3), and its eigenvectors are the basis. A second pass repeats this with the

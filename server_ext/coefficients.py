@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
-from server_ext.noise import Noise, close_gaps
+from server_ext.noise import Noise, close_gaps, float32
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
@@ -37,19 +37,19 @@ class Coefficients:
 
     def apply(self, update: Update) -> None:
         """Applies an update as ``zoact_remote.replay.apply_update`` defines it: bit for bit for Rademacher noise."""
-        kept = self.flat * _float32(1.0 - update.decay) if update.decay else self.flat.clone()
+        kept = self.flat * float32(1.0 - update.decay) if update.decay else self.flat.clone()
         if update.normaliser is None:
             self.flat = self._add_terms(kept, update.terms)
             return
         step = self._add_terms(torch.zeros_like(kept), update.terms)
         moment = torch.full_like(kept, update.normaliser.offset)
         for seed, scalar in update.normaliser.terms:
-            moment += self.noise.draw(seed).square_().mul_(_float32(scalar))
-        self.flat = close_gaps(kept + step / (moment.sqrt_() + _float32(update.normaliser.epsilon)), self.layout)
+            moment += self.noise.draw(seed).square_().mul_(float32(scalar))
+        self.flat = close_gaps(kept + step / (moment.sqrt_() + float32(update.normaliser.epsilon)), self.layout)
 
     def perturbation(self, seed: int, epsilon: float) -> torch.Tensor:
         """``epsilon Z(seed)``, the sign in epsilon: float32 ``[layout.size]``."""
-        return self.noise.draw(seed).mul_(_float32(epsilon))
+        return self.noise.draw(seed, epsilon)
 
     def digest(self) -> str:
         """``zoact_remote.digest.coefficients_digest`` of the buffer, computed on its device."""
@@ -62,13 +62,8 @@ class Coefficients:
 
     def _add_terms(self, flat: torch.Tensor, terms: Iterable[tuple[int, float]]) -> torch.Tensor:
         for seed, scalar in terms:
-            flat += self.noise.draw(seed).mul_(_float32(scalar))
+            flat += self.noise.draw(seed, scalar)
         return flat
-
-
-def _float32(value: float) -> float:
-    """The nearest float32: a Python scalar would otherwise meet the tensor in double precision."""
-    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def _signed(value: int) -> int:

@@ -1,8 +1,8 @@
 """LoRA on the CPU: tokens grouped by slot, one pair of matrix products a group.
 
 vLLM's fallback gathers a copy of the adapter for every token, and so moves rank x (in + out) numbers a token and layer
-instead of once a group. It also reads slot -1, by which a batch says "no LoRA", as the last slot: base-model tokens that
-share a batch with adapters come out perturbed once every slot is taken. Grouping mends both.
+instead of once a group. It also reads slot -1, by which a batch says "no LoRA", as the last slot: base-model tokens
+that share a batch with adapters come out perturbed once every slot is taken. Grouping mends both.
 """
 
 from __future__ import annotations

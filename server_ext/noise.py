@@ -27,23 +27,31 @@ class Noise:
         sites = [torch.full_like(b, s.index) for b, s in zip(blocks, layout.sites, strict=True)]
         block = torch.cat(blocks)
         self._counter = (block & _MASK32, block >> 32, torch.cat(sites))
-        self._bits = torch.arange(32, dtype=torch.int32, device=device)
+        # A byte of Philox output is eight signs: looking them up beats taking bits apart.
+        byte = torch.arange(256, device=device).unsqueeze(1)
+        self._signs_of_byte = (1.0 - 2.0 * ((byte >> torch.arange(8, device=device)) & 1)).to(torch.float32)
 
-    def draw(self, seed: int) -> torch.Tensor:
-        """Z(seed): float32 ``[layout.size]``, gaps zero."""
+    def draw(self, seed: int, scale: float = 1.0) -> torch.Tensor:
+        """``scale Z(seed)``: float32 ``[layout.size]``, gaps zero. The scale is rounded to float32 first."""
         words = _philox(*self._counter, torch.full_like(self._counter[0], STREAMS[self.distribution]), seed)
-        flat = self._signs(words) if self.distribution == "rademacher" else self._normals(words)
+        flat = self._signs(words, scale) if self.distribution == "rademacher" else self._normals(words) * float32(scale)
         return close_gaps(flat, self.layout)
 
-    def _signs(self, words: torch.Tensor) -> torch.Tensor:
-        bits = (words.to(torch.int32).unsqueeze(-1) >> self._bits) & 1
-        return torch.sub(1.0, bits.to(torch.float32), alpha=2.0).reshape(-1)
+    def _signs(self, words: torch.Tensor, scale: float) -> torch.Tensor:
+        # Words lie in memory least significant byte first, as bits are numbered.
+        octets = words.to(torch.int32).view(torch.uint8).reshape(-1)
+        return (self._signs_of_byte * float32(scale)).index_select(0, octets.to(torch.int32)).reshape(-1)
 
     def _normals(self, words: torch.Tensor) -> torch.Tensor:
         mantissas = (words >> 8).to(torch.float64).reshape(-1, 2, 2)
         radius = torch.sqrt(-2.0 * torch.log((mantissas[..., 0] + 1.0) * 2.0**-24))
         angle = 2.0 * math.pi * 2.0**-24 * mantissas[..., 1]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).reshape(-1).to(torch.float32)
+
+
+def float32(value: float) -> float:
+    """The nearest float32: a Python scalar would otherwise meet a tensor in double precision."""
+    return torch.tensor(value, dtype=torch.float32).item()
 
 
 def close_gaps(flat: torch.Tensor, layout: Layout) -> torch.Tensor:

@@ -181,7 +181,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     """The first thing wrong with a request, and where."""
     first = error.errors()[0]
     path = ""
-    for part in first["loc"]:
+    # Where a body that is no JSON breaks off is a place in the text, not a field.
+    for part in () if first["type"] == "json_invalid" else first["loc"]:
         if isinstance(part, int):
             path += f"[{part}]"
         elif part not in _UNION_TAGS and not part.startswith(("list[", "constrained", "function-", "tuple[")):

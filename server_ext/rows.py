@@ -16,6 +16,7 @@ from server_ext.errors import invalid
 from server_ext.schemas import ChoicesRow, CompletionRow, Row
 
 Tokens = tuple[int, ...]
+Encode = Callable[[str, bool], list[int]]
 
 
 @dataclass(frozen=True)
@@ -71,38 +72,49 @@ class RowScore:
     loss: float
 
 
-def tokenise_rows(
-    rows: Sequence[Row], encode: Callable[[str, bool], list[int]], vocabulary: int, max_tokens: int
-) -> list[TokenRow]:
+def tokenise(value: str | list[int], param: str, special: bool, encode: Encode, vocabulary: int) -> Tokens:
+    """A prompt or continuation as token ids.
+
+    Args:
+        value: text or token ids.
+        param: where the call has it.
+        special: whether special tokens are added to a text, as for prompts.
+        encode: text and ``special`` to token ids.
+        vocabulary: token ids must lie below it.
+
+    Raises:
+        ApiError: no tokens, or a token id out of range.
+
+    """
+    ids = encode(value, special) if isinstance(value, str) else value
+    if not ids:
+        raise invalid(param, "tokenises to nothing; at least one token is needed")
+    if not isinstance(value, str) and not (min(ids) >= 0 and max(ids) < vocabulary):
+        raise invalid(param, f"token ids must lie in 0 to {vocabulary - 1}")
+    return tuple(ids)
+
+
+def tokenise_rows(rows: Sequence[Row], encode: Encode, vocabulary: int, max_tokens: int) -> list[TokenRow]:
     """Rows as token ids.
 
     Args:
         rows: rows whose prompts and continuations are text or token ids.
-        encode: text and whether special tokens are added (for prompts) to token ids.
-        vocabulary: token ids must lie below it.
+        encode: as for ``tokenise``.
+        vocabulary: as for ``tokenise``.
         max_tokens: longest sequence, prompt and continuation together.
 
     Raises:
         ApiError: a prompt or continuation without tokens, a token id out of range, or a row that is too long.
 
     """
-
-    def tokens(value: str | list[int], param: str, special: bool) -> Tokens:
-        ids = encode(value, special) if isinstance(value, str) else value
-        if not ids:
-            raise invalid(param, "tokenises to nothing; at least one token is needed")
-        if not isinstance(value, str) and not (min(ids) >= 0 and max(ids) < vocabulary):
-            raise invalid(param, f"token ids must lie in 0 to {vocabulary - 1}")
-        return tuple(ids)
-
     result = []
     for i, row in enumerate(rows):
-        prompt = tokens(row.prompt, f"rows[{i}].prompt", special=True)
+        prompt = tokenise(row.prompt, f"rows[{i}].prompt", True, encode, vocabulary)
         if isinstance(row, CompletionRow):
             named = [(f"rows[{i}].completion", row.completion)]
         else:
             named = [(f"rows[{i}].choices[{j}]", choice) for j, choice in enumerate(row.choices)]
-        continuations = tuple(tokens(value, param, special=False) for param, value in named)
+        continuations = tuple(tokenise(value, param, False, encode, vocabulary) for param, value in named)
         longest = max(map(len, continuations))
         if len(prompt) + longest > max_tokens:
             raise invalid(
@@ -115,7 +127,7 @@ def tokenise_rows(
 
 
 def contexts_of(row: TokenRow) -> list[Context]:
-    """The fewest contexts that score a row: one for each distinct beginning (all but the last token) of a continuation."""
+    """The fewest contexts that score a row: one for each distinct beginning (all but the last token) of its answers."""
     candidates: dict[Tokens, dict[int, None]] = {}
     for continuation in row.continuations:
         candidates.setdefault(continuation[:-1], {})[continuation[-1]] = None

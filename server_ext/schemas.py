@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from zoact_remote import wire
 from zoact_remote.noise import MAX_SEED
@@ -16,15 +25,26 @@ MAX_CHOICES = 128
 """Choices a row may have: vLLM reads at most this many candidate tokens at a position."""
 LARGEST_SCALAR = 1e30
 """Scalars beyond this overflow float32 once squared or summed."""
+SMALLEST_DIVISOR = 2.0**-126
+"""Divisors below float32's smallest normal number may be zero on a device."""
 
 TENANT_ADAPTER = r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$"
 
 Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf_nan=False)]
+Weight = Annotated[Scalar, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 Epsilon = Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
 Version = Annotated[int, Field(ge=0, strict=True)]
-Text = str | Annotated[list[Annotated[int, Field(strict=True)]], Field()]
 Term = tuple[Seed, Scalar]
+
+
+def _is_unicode(text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValueError("holds half of a surrogate pair, which is no character")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_is_unicode)] | list[Annotated[int, Field(strict=True)]]
 
 
 class Message(BaseModel):
@@ -47,14 +67,23 @@ class ChoicesRow(Message):
     choices: Annotated[list[Text], Field(min_length=2, max_length=MAX_CHOICES)]
     answer: Annotated[int, Field(ge=0, strict=True)]
 
-    @model_validator(mode="after")
-    def _answer_is_a_choice(self) -> ChoicesRow:
-        if self.answer >= len(self.choices):
-            raise ValueError(f"answer must be below the number of choices ({len(self.choices)})")
-        return self
+    @field_validator("answer")
+    @classmethod
+    def _answer_is_a_choice(cls, answer: int, info: ValidationInfo) -> int:
+        if "choices" in info.data and answer >= len(info.data["choices"]):
+            raise ValueError(f"must be below the number of choices ({len(info.data['choices'])})")
+        return answer
 
 
-Row = CompletionRow | ChoicesRow
+def _row_kind(row: Any) -> str:
+    choices = "choices" in row if isinstance(row, dict) else isinstance(row, ChoicesRow)
+    return "ChoicesRow" if choices else "CompletionRow"
+
+
+# Told apart by one member, so that an error speaks of the kind of row that was meant.
+Row = Annotated[
+    Annotated[CompletionRow, Tag("CompletionRow")] | Annotated[ChoicesRow, Tag("ChoicesRow")], Discriminator(_row_kind)
+]
 
 
 class BasisSpec(Message):
@@ -139,16 +168,9 @@ class Probe(Message):
 class Normaliser(Message):
     """Divides the summed terms, by coordinate, by sqrt(offset + sum_i b_i Z(seed_i)^2) + epsilon."""
 
-    terms: Annotated[list[Term], Field(max_length=MAX_TERMS)] = []
-    offset: Annotated[Scalar, Field(ge=0)] = 0.0
-    epsilon: Annotated[Scalar, Field(gt=0)]
-
-    @model_validator(mode="after")
-    def _weights_are_not_negative(self) -> Normaliser:
-        for i, (_, weight) in enumerate(self.terms):
-            if weight < 0:
-                raise ValueError(f"terms[{i}]: weights of squares must not be negative")
-        return self
+    terms: Annotated[list[tuple[Seed, Weight]], Field(max_length=MAX_TERMS)] = []
+    offset: Weight = 0.0
+    epsilon: Annotated[Weight, Field(ge=SMALLEST_DIVISOR)]
 
 
 class Update(Message):
@@ -174,16 +196,17 @@ class UpdateResult(Message):
 
 class AskLosses(Message):
     version: Version | None = Field(None, description="Checked after a carried update is applied; newest if left out.")
-    probes: list[Probe] = []
-    rows: Annotated[list[Row], Field(min_length=1)]
     base: bool = Field(False, description="Also answer with the unperturbed loss.")
+    probes: Annotated[list[Probe], Field(validate_default=True)] = []
+    rows: Annotated[list[Row], Field(min_length=1)]
     update: Update | None = Field(None, description="Applied first, so that a training step is one round trip.")
 
-    @model_validator(mode="after")
-    def _asks_for_something(self) -> AskLosses:
-        if not self.probes and not self.base:
-            raise ValueError("probes must not be empty unless base is true")
-        return self
+    @field_validator("probes")
+    @classmethod
+    def _asks_for_something(cls, probes: list[Probe], info: ValidationInfo) -> list[Probe]:
+        if not probes and not info.data.get("base"):
+            raise ValueError("must not be empty unless base is true")
+        return probes
 
 
 class ProbeLoss(Message):
@@ -243,17 +266,18 @@ class ChatMessage(Message):
 class AskGeneration(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    prompt: Text | None = None
     messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    prompt: Annotated[Text | None, Field(validate_default=True)] = None
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
 
-    @model_validator(mode="after")
-    def _one_prompt(self) -> AskGeneration:
-        if (self.prompt is None) == (self.messages is None):
+    @field_validator("prompt")
+    @classmethod
+    def _one_prompt(cls, prompt: str | list[int] | None, info: ValidationInfo) -> str | list[int] | None:
+        if (prompt is None) == (info.data.get("messages") is None):
             raise ValueError("exactly one of prompt and messages is needed")
-        return self
+        return prompt
 
 
 class Generation(Message):

@@ -26,7 +26,7 @@ from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.journal import AdapterRow, Journal
 from server_ext.locks import WriteHold
-from server_ext.rows import RowScore, TokenRow, contexts_of, score_of, tokenise_rows
+from server_ext.rows import RowScore, TokenRow, contexts_of, score_of, tokenise, tokenise_rows
 from server_ext.store import Point, basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION
@@ -187,7 +187,7 @@ class Service:
             lands_at = ask.update.base_version + 1
             if ask.version is not None and ask.version != lands_at:
                 raise invalid("version", f"must be {lands_at}, the version that the carried update leads to")
-            result = await self._apply(adapter, ask.update)
+            result = await self._apply(adapter, ask.update, "update.")
             await hold.downgrade()
             return await self._losses(adapter, ask, rows, result, started)
 
@@ -215,8 +215,7 @@ class Service:
                 raise invalid("messages", f"the model's chat template refuses them: {error}") from None
         else:
             assert ask.prompt is not None
-            row = schemas.CompletionRow(prompt=ask.prompt, completion=[0])
-            tokens = list(self._tokenise([row], points=1)[0].prompt)
+            tokens = list(tokenise(ask.prompt, "prompt", True, self.engine.encode, self.engine.model.vocabulary))
         room = self.engine.model.max_tokens - len(tokens)
         if ask.max_tokens > room:
             raise invalid(
@@ -339,23 +338,26 @@ class Service:
                     f"version {row.version} of {adapter.row.name} replays to other coefficients than were acknowledged"
                 )
 
-    async def _apply(self, adapter: Adapter, ask: schemas.Update) -> schemas.UpdateResult:
-        """Journals an update, then applies it. The adapter is held for writing."""
+    async def _apply(self, adapter: Adapter, ask: schemas.Update, path: str = "") -> schemas.UpdateResult:
+        """Journals an update, then applies it. The adapter is held for writing; ``path`` is where the call has it."""
         self._ready(adapter.row.name)
         key, update = adapter.row.key, ask.to_wire()
         if update.key is not None:
             before = await self._on_disk(self._journal.find, key, update.key)
             if before is not None:
                 if before.update != update:
-                    raise ApiError(409, "key_conflict", "key: another update was sent under this key", "key")
+                    raise ApiError(
+                        409, "key_conflict", f"{path}key: another update was sent under this key", f"{path}key"
+                    )
                 assert before.digest is not None
                 return schemas.UpdateResult(version=before.version, digest=before.digest, applied=False)
         if update.base_version != adapter.version:
             raise ApiError(
                 412,
                 "stale_version",
-                f"base_version: {update.base_version} is not the newest version ({adapter.version}); nothing changed",
-                "base_version",
+                f"{path}base_version: {update.base_version} is not the newest version ({adapter.version}); "
+                "nothing changed",
+                f"{path}base_version",
                 current_version=adapter.version,
             )
         version = await self._on_disk(self._journal.append, key, update)

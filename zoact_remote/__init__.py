@@ -9,7 +9,7 @@ The server keeps weights, activations, bases and coefficients; the client sends 
     with Client("http://127.0.0.1:8000") as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
-        Trainer(adapter, TwoPoint(), Adam(), schedule=1e-3, rows=rows, steps=400).run()
+        Trainer(adapter, TwoPoint(), Adam(), schedule=2e-3, rows=rows, steps=400).run()
         adapter.export("sentiment")
 """
 

@@ -1,6 +1,6 @@
 """What can go wrong in a call, as one exception class per remedy."""
 
-# ruff: noqa: N818  (names that say what happened, as in requests)
+
 
 from __future__ import annotations
 

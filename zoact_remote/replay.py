@@ -49,7 +49,8 @@ def apply_update(
     moment = np.full_like(kept, np.float32(update.normaliser.offset))
     for seed, scalar in update.normaliser.terms:
         moment += np.float32(scalar) * np.square(direction(layout, distribution, seed))
-    return kept + step / (np.sqrt(moment) + np.float32(update.normaliser.epsilon))
+    root: NDArray[np.float32] = np.sqrt(moment)
+    return kept + step / (root + np.float32(update.normaliser.epsilon))
 
 
 def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:

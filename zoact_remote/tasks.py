@@ -191,6 +191,11 @@ BUILTIN: dict[str, Task] = {
         "Question: {text}\nAnswer type:",
         {0: " abbreviation", 1: " entity", 2: " description", 3: " human", 4: " location", 5: " number"},
     ),
+    # examples/data/tickets.jsonl, the quickstart's.
+    "tickets": Task(
+        "Customer: {text}\nThis is about",
+        {"billing": " billing", "bug": " bugs", "account": " accounts", "shipping": " shipping"},
+    ),
     "agnews": Task("Article: {title}. {text}\nTopic:", {0: " world", 1: " sports", 2: " business", 3: " technology"}),
 }
 """Tasks for well-known data sets, by name. Records are as the sets' usual JSON Lines files hold them."""

@@ -31,7 +31,7 @@ BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
 
 
-class TrainingDiverged(RuntimeError):  # noqa: N818
+class TrainingDiverged(RuntimeError):
     """A loss is not finite. No update was made from it."""
 
 

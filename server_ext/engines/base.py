@@ -66,11 +66,15 @@ class Engine(Protocol):
     adapter is under way: the service sees to both.
     """
 
-    name: Literal["vllm", "transformers"]
     version: str
     model: Model
     sites: tuple[Site, ...]
     max_rank: int
+
+    @property
+    def name(self) -> Literal["vllm", "transformers"]:
+        """Which engine this is."""
+        ...
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids of a text, with the special tokens that the model expects around a prompt if ``special``."""

@@ -49,10 +49,11 @@ class TransformersEngine:
         max_tokens: int | None = None,
         max_rank: int = 512,
     ) -> None:
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+        self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
         self.device = torch.device(device)
-        self.network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-        self.network.to(self.device).eval().requires_grad_(False)
+        # Transformers' own annotations do not describe what a loaded model can do.
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        self.network = network.to(self.device).eval().requires_grad_(False)
         longest = int(self.network.config.max_position_embeddings)
         self.model = Model(
             name=model,

@@ -149,12 +149,13 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._request(context.tokens, parameters, self._lora(point))
-        after = output.outputs[0].logprobs[0]
-        before = output.prompt_logprobs[context.start :] if inner else ()
+        output: Any = await self._request(context.tokens, parameters, self._lora(point))
+        # Lists by position of log-probabilities by token; vLLM leaves them out where none were asked for.
+        after: Any = output.outputs[0].logprobs
+        before: Any = output.prompt_logprobs
         return ContextScore(
-            tuple(found[token].logprob for found, token in zip(before, inner, strict=True)),
-            tuple(after[token].logprob for token in context.candidates),
+            tuple(before[i][token].logprob for i, token in enumerate(inner, context.start)),
+            tuple(after[0][token].logprob for token in context.candidates),
         )
 
     async def generate(

@@ -94,6 +94,7 @@ def test_builtin_tasks() -> None:
         "subj": {"text": "he leaves .", "label": 1},
         "trec": {"text": "Who ?", "label": 3},
         "agnews": {"title": "Cup", "text": "A final.", "label": 1},
+        "tickets": {"text": "it crashes", "label": "bug"},
     }
     chosen = {name: (row["prompt"], row["choices"][row["answer"]]) for name, row in rows_of(records).items()}
     assert chosen == {
@@ -101,6 +102,7 @@ def test_builtin_tasks() -> None:
         "subj": ("he leaves . This is", " objective"),
         "trec": ("Question: Who ?\nAnswer type:", " human"),
         "agnews": ("Article: Cup. A final.\nTopic:", " sports"),
+        "tickets": ("Customer: it crashes\nThis is about", " bugs"),
     }
 
 

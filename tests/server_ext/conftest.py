@@ -1,0 +1,36 @@
+"""Servers over both engines: every contract test runs on each, vLLM's behind the marker ``vllm``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server_ext.support import Reference, Server, Servers
+from zoact_remote import Client
+
+ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)]
+
+
+@pytest.fixture(scope="session")
+def servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    found = Servers(tiny_model, tmp_path_factory.mktemp)
+    yield found
+    found.kill()
+
+
+@pytest.fixture(scope="session", params=ENGINES)
+def server(request: pytest.FixtureRequest, servers: Servers) -> Server:
+    return servers(request.param)
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    with server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_model: Path) -> Reference:
+    return Reference(tiny_model)

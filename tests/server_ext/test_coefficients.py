@@ -1,0 +1,79 @@
+"""Coefficients on a device against replay with NumPy alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server_ext.coefficients import Coefficients
+from tests.strategies import SEEDS, layouts, updates
+from zoact_remote import Update
+from zoact_remote.digest import coefficients_digest
+from zoact_remote.layout import Layout, Site
+from zoact_remote.replay import apply_update, direction, replay
+
+HISTORIES = st.lists(updates(), max_size=5)
+
+
+@given(layouts(), HISTORIES)
+def test_rademacher_coefficients_are_the_replayed_ones_bit_for_bit(layout: Layout, history: list[Update]) -> None:
+    """With a normaliser too: IEEE 754 rounds square roots and quotients correctly, and nothing else is inexact."""
+    coefficients = Coefficients(layout, "rademacher")
+    for i, update in enumerate(history):
+        coefficients.apply(update)
+        expected = replay(layout, "rademacher", history[: i + 1])
+        np.testing.assert_array_equal(coefficients.flat.numpy().view(np.uint32), expected.view(np.uint32))
+        assert coefficients.digest() == coefficients_digest(expected, layout)
+
+
+@given(layouts(), updates())
+def test_gaussian_coefficients_agree_up_to_rounding(layout: Layout, update: Update) -> None:
+    coefficients = Coefficients(layout, "gaussian")
+    coefficients.apply(update)
+    expected = apply_update(np.zeros(layout.size, np.float32), layout, "gaussian", update)
+    # One unit of the noise's last place, at the size that the terms reach before they cancel.
+    reach = np.zeros(layout.size)
+    for seed, scalar in update.terms:
+        reach += np.abs(scalar * direction(layout, "gaussian", seed).astype(np.float64))
+    if update.normaliser is not None:
+        squares = [w * direction(layout, "gaussian", s).astype(np.float64) ** 2 for s, w in update.normaliser.terms]
+        moment = update.normaliser.offset + sum(squares, np.zeros(layout.size))
+        reach /= np.sqrt(moment) + update.normaliser.epsilon
+    eps = float(np.finfo(np.float32).eps)
+    assert (np.abs(coefficients.flat.numpy() - expected) <= 16 * eps * reach + 1e-37).all()
+
+
+@given(layouts(), SEEDS, st.floats(2**-20, 1e3), st.sampled_from([1, -1]))
+def test_a_perturbation_is_epsilon_times_the_direction(layout: Layout, seed: int, epsilon: float, sign: int) -> None:
+    found = Coefficients(layout, "rademacher").perturbation(seed, sign * epsilon)
+    expected = np.float32(sign * epsilon) * direction(layout, "rademacher", seed)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+@given(layouts(), st.integers(0, 2**32 - 1))
+def test_the_digest_is_numpys_whatever_the_bits(layout: Layout, seed: int) -> None:
+    """Negative zeros, subnormal numbers, infinities and NaNs with their payloads too."""
+    bits = np.random.default_rng(seed).integers(0, 2**32, layout.size, dtype=np.uint32)
+    flat = bits.view(np.float32)
+    found = Coefficients(layout, "rademacher", flat=torch.from_numpy(flat.copy())).digest()
+    assert found == coefficients_digest(flat, layout)
+
+
+def test_an_update_leaves_a_reader_what_it_read() -> None:
+    layout = Layout((Site(0, "a", "a", 4, 100),), 1)
+    coefficients = Coefficients(layout, "rademacher")
+    coefficients.apply(Update(0, ((1, 0.5),)))
+    read, copy = coefficients.flat, coefficients.flat.clone()
+    coefficients.perturbation(2, 0.5).add_(1)
+    coefficients.apply(Update(1, ((2, 0.5),), decay=0.5))
+    assert torch.equal(read, copy)
+    assert not torch.equal(coefficients.flat, copy)
+
+
+def test_coefficients_of_another_shape_are_refused() -> None:
+    layout = Layout((Site(0, "a", "a", 4, 100),), 1)
+    with pytest.raises(ValueError, match=r"shape \[128\]"):
+        Coefficients(layout, "rademacher", flat=torch.zeros(100))

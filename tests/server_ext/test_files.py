@@ -1,0 +1,120 @@
+"""What lies on disk beside the journal: bases, and the model that digests tell apart."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from server_ext import basis_files
+from server_ext.engines.transformers import TransformersEngine
+from server_ext.model_digest import SAMPLE, checkpoint_directory, model_digest
+from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
+from server_ext.service import Service
+from server_ext.store import basis_digest
+
+
+def basis() -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:
+    rng = np.random.default_rng(0)
+    # One of them not contiguous, as a slice of a decomposition is.
+    return {"a.q_proj": rng.normal(size=(4, 9)).astype(np.float32).T, "a.down_proj": np.eye(6, 2, dtype=np.float32)}
+
+
+def test_a_basis_comes_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "bases" / "key.safetensors"
+    basis_files.write(path, basis())
+    found = basis_files.read(path)
+    assert found.keys() == basis().keys()
+    for name, vectors in basis().items():
+        np.testing.assert_array_equal(found[name], vectors)
+    assert basis_digest(found) == basis_digest(basis())
+    assert [file.name for file in path.parent.iterdir()] == ["key.safetensors"], "nothing half-written is left"
+
+
+def test_a_missing_basis_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        basis_files.read(tmp_path / "key.safetensors")
+
+
+def test_the_basis_digest_covers_names_shapes_and_values() -> None:
+    plain = basis()
+    swapped = {"a.q_proj": plain["a.down_proj"], "a.down_proj": plain["a.q_proj"]}
+    reshaped = plain | {"a.down_proj": plain["a.down_proj"].reshape(3, 4)}
+    nudged = plain | {"a.down_proj": np.nextafter(plain["a.down_proj"], np.float32(2))}
+    assert len({basis_digest(b) for b in (plain, swapped, reshaped, nudged, {"a.q_proj": plain["a.q_proj"]})}) == 5
+    assert basis_digest(dict(reversed(plain.items()))) == basis_digest(plain)
+
+
+def _edit_config(model: Path) -> None:
+    (model / "config.json").write_bytes((model / "config.json").read_bytes() + b" ")
+
+
+def _edit_first_weight(model: Path) -> None:
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[SAMPLE // 16] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+
+def _edit_last_weight(model: Path) -> None:
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+
+
+def _rename_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "other.safetensors")
+
+
+@pytest.mark.parametrize("edit", [_edit_config, _edit_first_weight, _edit_last_weight, _rename_weights])
+def test_the_model_digest_notices(tiny_model: Path, tmp_path: Path, edit: Callable[[Path], None]) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_model, copy)
+    assert model_digest(copy) == model_digest(tiny_model)
+    (copy / "README.md").write_text("not part of the model")
+    assert model_digest(copy) == model_digest(tiny_model)
+    edit(copy)
+    assert model_digest(copy) != model_digest(tiny_model)
+
+
+def test_a_directory_is_its_own_checkpoint(tiny_model: Path, tmp_path: Path) -> None:
+    assert checkpoint_directory(str(tiny_model)) == tiny_model
+    with pytest.raises(FileNotFoundError):
+        model_digest(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> TransformersEngine:
+    return TransformersEngine(str(tiny_model))
+
+
+def test_a_server_does_not_start_on_what_it_cannot_restore(tmp_path: Path, engine: TransformersEngine) -> None:
+    """A damaged basis is an error at start, not another function in silence."""
+
+    async def make() -> None:
+        service = Service(engine, tmp_path)
+        await service.create(CreateAdapter(name="acme/triage", basis=BasisSpec(source="random")))
+        await service.calibrate("acme/triage", Calibrate())
+        await service.close()
+
+    async def restore() -> None:
+        service = Service(engine, tmp_path)
+        try:
+            await service.restore()
+        finally:
+            await service.close()
+
+    asyncio.run(asyncio.wait_for(make(), 30))
+    asyncio.run(asyncio.wait_for(restore(), 30))
+    (path,) = (tmp_path / "bases").iterdir()
+    vectors = basis_files.read(path)
+    name = next(iter(vectors))
+    basis_files.write(path, vectors | {name: vectors[name] * np.float32(2)})
+    with pytest.raises(ValueError, match="is damaged"):
+        asyncio.run(asyncio.wait_for(restore(), 30))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        asyncio.run(asyncio.wait_for(restore(), 30))

@@ -1,0 +1,206 @@
+"""The journal against a dictionary, through any sequence of calls, restarts and crashes."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import tempfile
+from dataclasses import replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
+
+from server_ext.journal import AdapterRow, Journal, UpdateRow
+from server_ext.schemas import BasisInfo
+from tests.strategies import updates
+from zoact_remote import Update
+
+CREATED = datetime(2026, 7, 1, 12, 30, 15, 123456, tzinfo=timezone.utc)
+
+
+def adapter_row(key: str, name: str = "acme/triage") -> AdapterRow:
+    sites = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj")
+    return AdapterRow(key, name, 4, sites, "gaussian", 1, BasisInfo(positions="both"), CREATED)
+
+
+def contents(rows: list[UpdateRow]) -> list[tuple[int, Update, str | None]]:
+    return [(row.version, row.update, row.digest) for row in rows]
+
+
+class JournalMachine(RuleBasedStateMachine):
+    """Calls the journal and a dictionary alike."""
+
+    keys = Bundle("keys")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp(prefix="zoact-journal-"))
+        self.path = self.directory / "journal.sqlite"
+        self.journal = Journal(self.path)
+        self.adapters: dict[str, AdapterRow] = {}
+        self.history: dict[str, list[tuple[int, Update, str | None]]] = {}
+        self.made = 0
+
+    def teardown(self) -> None:
+        self.journal.close()
+        shutil.rmtree(self.directory)
+
+    @rule(target=keys, name=st.sampled_from(["acme/a", "acme/b", "umbra/a"]))
+    def add(self, name: str):  # type: ignore[no-untyped-def]
+        self.made += 1
+        row = adapter_row(f"key{self.made}", name)
+        if name in {adapter.name for adapter in self.adapters.values()}:
+            with pytest.raises(KeyError):
+                self.journal.add_adapter(row)
+            return multiple()
+        self.journal.add_adapter(row)
+        self.adapters[row.key], self.history[row.key] = row, []
+        return row.key
+
+    @rule(key=consumes(keys))
+    def remove(self, key: str) -> None:
+        self.journal.remove_adapter(key)
+        del self.adapters[key], self.history[key]
+
+    @rule(key=keys, digest=st.text("0123456789abcdef", min_size=1, max_size=8), energy=st.floats(0, 1))
+    def set_basis(self, key: str, digest: str, energy: float) -> None:
+        basis = BasisInfo(digest=digest, energy={"input": energy}, positions_seen=7)
+        self.journal.set_basis(key, basis)
+        self.adapters[key] = replace(self.adapters[key], basis=basis)
+
+    @rule(key=keys, update=updates(), idempotency=st.none() | st.sampled_from("xyz"), lag=st.integers(-1, 1))
+    def append(self, key: str, update: Update, idempotency: str | None, lag: int) -> None:
+        history = self.history[key]
+        update = replace(update, base_version=max(0, len(history) + lag), key=idempotency)
+        taken = idempotency is not None and idempotency in {u.key for _, u, _ in history}
+        if update.base_version != len(history):
+            with pytest.raises(ValueError, match="cannot follow"):
+                self.journal.append(key, update)
+        elif taken:
+            with pytest.raises(sqlite3.IntegrityError):
+                self.journal.append(key, update)
+        else:
+            assert self.journal.append(key, update) == len(history) + 1
+            history.append((len(history) + 1, update, None))
+
+    @rule(key=keys, digest=st.sampled_from(["sha256:1", "sha256:2"]), data=st.data())
+    def set_digest(self, key: str, digest: str, data: st.DataObject) -> None:
+        if self.history[key]:
+            version = data.draw(st.integers(1, len(self.history[key])))
+            self.journal.set_digest(key, version, digest)
+            self.history[key][version - 1] = (*self.history[key][version - 1][:2], digest)
+
+    @rule(key=keys, idempotency=st.sampled_from("xyz"))
+    def find(self, key: str, idempotency: str) -> None:
+        found = self.journal.find(key, idempotency)
+        expected = [entry for entry in self.history[key] if entry[1].key == idempotency]
+        assert contents([found] if found else []) == expected
+
+    @rule(key=keys, after=st.integers(0, 5), until=st.none() | st.integers(0, 5), limit=st.integers(0, 3))
+    def page(self, key: str, after: int, until: int | None, limit: int) -> None:
+        last = len(self.history[key]) if until is None else until
+        assert contents(self.journal.updates(key, after, until, limit)) == self.history[key][after:last][:limit]
+
+    @rule()
+    def reopen(self) -> None:
+        self.journal.close()
+        self.journal = Journal(self.path)
+
+    @rule()
+    def crash(self) -> None:
+        """The files as they are, without a close: what a process that dies leaves behind."""
+        copy = Path(tempfile.mkdtemp(dir=self.directory))
+        for file in self.path.parent.glob("journal.sqlite*"):
+            # The shared memory file is an index of the log beside it, which SQLite builds anew.
+            if not file.name.endswith("-shm"):
+                shutil.copy(file, copy)
+        self.journal.close()
+        self.path = copy / "journal.sqlite"
+        self.journal = Journal(self.path)
+
+    @invariant()
+    def holds_what_was_written(self) -> None:
+        assert self.journal.adapters() == list(self.adapters.values())
+        for key, history in self.history.items():
+            assert self.journal.newest(key) == len(history)
+            assert contents(self.journal.updates(key)) == history
+
+    @invariant()
+    def another_connection_sees_it(self) -> None:
+        other = Journal(self.path)
+        try:
+            assert other.adapters() == list(self.adapters.values())
+        finally:
+            other.close()
+
+
+TestJournal = JournalMachine.TestCase
+TestJournal.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "journal.sqlite"
+
+
+def test_every_commit_waits_for_the_disk(path: Path) -> None:
+    journal = Journal(path)
+    (mode,) = journal._db.execute("PRAGMA journal_mode").fetchone()
+    (synchronous,) = journal._db.execute("PRAGMA synchronous").fetchone()
+    assert (mode, synchronous) == ("wal", 2)
+
+
+def test_a_removed_adapters_history_is_not_its_successors(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("first"))
+    journal.append("first", Update(0, ((1, 0.5),), key="k"))
+    journal.remove_adapter("first")
+    journal.add_adapter(adapter_row("second"))
+    assert journal.newest("first") == journal.newest("second") == 0
+    assert journal.find("second", "k") is None
+
+
+def test_an_update_of_an_unknown_adapter_is_refused(path: Path) -> None:
+    journal = Journal(path)
+    with pytest.raises(sqlite3.IntegrityError):
+        journal.append("nobody", Update(0, ((1, 0.5),)))
+
+
+def test_a_refused_update_leaves_no_transaction_open(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    with pytest.raises(ValueError, match="cannot follow"):
+        journal.append("a", Update(3, ()))
+    assert journal.append("a", Update(0, ())) == 1
+    second = Journal(path)
+    assert second.append("a", Update(1, ())) == 2
+
+
+def test_times_are_kept_with_their_zone(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    journal.append("a", Update(0, ()))
+    (row,) = journal.updates("a")
+    assert journal.adapters()[0].created == CREATED
+    assert row.time.utcoffset() == timedelta(0)
+    assert abs(row.time - datetime.now(timezone.utc)) < timedelta(minutes=1)
+
+
+@pytest.mark.parametrize("found", [2, 99, -1])
+def test_a_journal_of_another_format_is_refused(path: Path, found: int) -> None:
+    Journal(path).close()
+    db = sqlite3.connect(path)
+    db.execute(f"PRAGMA user_version={found}")
+    db.close()
+    with pytest.raises(ValueError, match=f"format {found}; this release reads format 1"):
+        Journal(path)
+
+
+def test_a_file_that_is_no_journal_is_refused(path: Path) -> None:
+    path.write_text("not a database, and long enough to be seen as such" * 100)
+    with pytest.raises(sqlite3.DatabaseError):
+        Journal(path)

@@ -1,0 +1,96 @@
+"""Replaying updates, against a float64 reference that holds every coefficient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from tests.strategies import SEEDS, layouts, updates
+from zoact_remote import Normaliser, Update
+from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import DISTRIBUTIONS, Distribution, draw
+from zoact_remote.replay import apply_update, direction, replay
+
+EPS = float(np.finfo(np.float32).eps)
+TINY = float(np.finfo(np.float32).tiny)
+Dense = NDArray[np.float64]
+
+
+def dense(layout: Layout, distribution: Distribution, history: list[Update]) -> tuple[Dense, Dense]:
+    """The coefficients in float64, and how far float32 may stray from them: each rounding adds half a unit at most."""
+    flat, bound = np.zeros(layout.size), np.zeros(layout.size)
+    for update in history:
+        step, size = np.zeros(layout.size), np.zeros(layout.size)
+        for seed, scalar in update.terms:
+            z = direction(layout, distribution, seed).astype(np.float64)
+            step, size = step + scalar * z, size + np.abs(scalar * z)
+        divisor = np.ones(layout.size)
+        roundings = len(update.terms) + 4
+        if update.normaliser is not None:
+            squares = [
+                w * direction(layout, distribution, s).astype(np.float64) ** 2 for s, w in update.normaliser.terms
+            ]
+            moment = update.normaliser.offset + sum(squares, np.zeros(layout.size))
+            divisor = np.sqrt(moment) + update.normaliser.epsilon
+            roundings += len(update.normaliser.terms) + 4
+        kept = 1.0 - update.decay
+        bound = bound * kept + roundings * EPS * (np.abs(flat) + size / divisor) + TINY
+        flat = flat * kept + step / divisor
+    return flat, bound
+
+
+@given(layouts(), st.sampled_from(DISTRIBUTIONS), st.lists(updates(), max_size=4))
+def test_replay_is_the_formula_up_to_rounding(
+    layout: Layout, distribution: Distribution, history: list[Update]
+) -> None:
+    found = replay(layout, distribution, history)
+    expected, bound = dense(layout, distribution, history)
+    assert found.dtype == np.float32
+    assert (np.abs(found - expected) <= bound).all()
+
+
+@given(layouts(), st.sampled_from(DISTRIBUTIONS), st.lists(updates(), max_size=3))
+def test_gaps_stay_zero(layout: Layout, distribution: Distribution, history: list[Update]) -> None:
+    found = replay(layout, distribution, history)
+    for start, stop in layout.gaps:
+        assert not found[start:stop].view(np.uint32).any(), "not even a negative zero"
+
+
+@given(layouts(), SEEDS)
+def test_a_direction_is_each_sites_own_noise(layout: Layout, seed: int) -> None:
+    """A site draws the same numbers whichever other sites an adapter has."""
+    flat = direction(layout, "rademacher", seed)
+    for offset, site in zip(layout.offsets, layout.sites, strict=True):
+        count = layout.count(site)
+        np.testing.assert_array_equal(flat[offset : offset + count], draw("rademacher", seed, site.index, count))
+
+
+def test_scalars_are_rounded_to_float32_before_they_meet_anything() -> None:
+    layout = Layout((Site(0, "a", "a", 4, 128),), 1)
+    z = draw("rademacher", 1, 0, 128)
+    update = Update(0, ((1, 0.1), (1, 1e-9), (1, -0.1)))
+    # 0.1 + 1e-9 is 0.1 in float32, so the second term is lost, as it must be on every device.
+    np.testing.assert_array_equal(replay(layout, "rademacher", [update]), 0 * z)
+    kept = apply_update(z, layout, "rademacher", Update(0, (), decay=0.1))
+    np.testing.assert_array_equal(kept, z * np.float32(0.9))
+
+
+def test_the_coefficients_before_are_left_alone() -> None:
+    layout = Layout((Site(0, "a", "a", 4, 100),), 1)
+    before = direction(layout, "gaussian", 3)
+    copy = before.copy()
+    for update in (Update(0, ((1, 0.1),)), Update(0, ((1, 0.1),), normaliser=Normaliser((), 1.0, 1e-8))):
+        after = apply_update(before, layout, "gaussian", update)
+        np.testing.assert_array_equal(before, copy)
+        assert not np.shares_memory(after, before)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_normaliser_without_noise_divides_by_a_number(offset: float) -> None:
+    layout = Layout((Site(0, "a", "a", 4, 128),), 1)
+    update = Update(0, ((1, 1.0),), normaliser=Normaliser((), offset, 0.5))
+    z = draw("rademacher", 1, 0, 128)
+    np.testing.assert_array_equal(replay(layout, "rademacher", [update]), z / np.float32(offset + 0.5))

@@ -1,0 +1,146 @@
+"""The report: one file that stands alone, shows what happened and trusts no text."""
+
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from zoact_remote.evaluation import Evaluation
+from zoact_remote.report import MOST_POINTS, _ticks, accuracy_text, loss_text, running_mean, write_report
+from zoact_remote.training import History, StepRecord
+
+RESULTS = {
+    "zero-shot": {"accuracy": 0.5, "loss": 1.25, "rows": 100},
+    "tuned": {"accuracy": 0.8, "loss": 0.5, "rows": 100},
+}
+
+
+def evaluation(version: int, accuracy: float | None = 0.5) -> Evaluation:
+    return Evaluation(version, 1.0 / (1 + version), accuracy, accuracy, (), (), 10)
+
+
+def history(steps: int, *, every: int = 10, accuracy: float | None = 0.5) -> History:
+    made = History(baseline=evaluation(0, accuracy))
+    for i in range(steps):
+        found = evaluation(i + 1, accuracy) if (i + 1) % every == 0 else None
+        made.steps.append(StepRecord(i, i, 1.0 / (1 + i), ((i, 3.0), (i + 1, -4.0)), 1e-3, 0.01, 100, 0.5, 0.4, found))
+    return made
+
+
+def written(tmp_path: Path, run: History, **changes: object) -> str:
+    arguments = {"title": "acme/triage", "settings": {"rank": 4}, "history": run, "results": RESULTS} | changes
+    return write_report(tmp_path / "made" / "report.html", **arguments).read_text(encoding="utf-8")
+
+
+class Balance(HTMLParser):
+    """Checks that every element is closed where it should be."""
+
+    VOID = frozenset({"meta", "line", "circle", "polyline"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+        # html.parser reports <line/> as start and end; a circle with a title has an end tag of its own.
+        if tag not in self.VOID or self.get_starttag_text() is None:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: object) -> None:
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+def test_is_well_formed_and_needs_nothing_else(tmp_path: Path) -> None:
+    page = written(tmp_path, history(30))
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    assert not {"script", "link", "img", "iframe"} & set(balance.seen)
+    assert not re.search(r"https?://|url\(|@import", page)
+    assert "prefers-color-scheme: dark" in page
+
+
+def test_shows_curves_results_and_settings(tmp_path: Path) -> None:
+    page = written(tmp_path, history(30), settings={"rank": 4, "learning rate": 1e-3, "eval every": None})
+    assert re.findall(r"<figcaption><h2>([^<]*)", page) == [
+        "Training loss",
+        "Evaluation accuracy",
+        "Evaluation loss",
+        "Slope along the probe, |g|",
+    ]
+    assert "30 steps · 3,000 tokens · 15 s · 200 tokens/s" in page
+    assert "80.0% ± 4.0" in page
+    assert "+30.0 points" in page
+    assert '<th scope="row">learning rate</th><td>0.001</td>' in page
+    assert '<th scope="row">eval every</th><td>-</td>' in page
+    # The evaluation before the first step, and those of steps 10, 20 and 30.
+    assert re.findall(r"<title>step (\d+): 50.0%", page) == ["0", "10", "20", "30"]
+
+
+def test_escapes_everything(tmp_path: Path) -> None:
+    evil = "<script>alert('1')</script>&\""
+    run = history(1)
+    run.stopped = evil
+    page = written(tmp_path, run, title=evil, settings={evil: evil}, results={evil: {"rows": evil}})
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;") == 7
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_short_runs(tmp_path: Path, steps: int) -> None:
+    page = written(tmp_path, history(steps), results={})
+    assert page.count("<svg") == (4 if steps else 2)
+    assert "nan" not in page.lower()
+
+
+def test_completion_tasks_have_losses_only(tmp_path: Path) -> None:
+    results = {"zero-shot": {"accuracy": None, "loss": 2.0, "rows": 9}, "tuned": {"accuracy": None, "loss": 1.5}}
+    page = written(tmp_path, history(20, accuracy=None), results=results)
+    assert "Evaluation accuracy" not in page
+    assert "loss, nats · -0.500" in page
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    run = History(
+        steps=[StepRecord(i, i, loss, ((1, 1.0),), 1.0, 0.01, 1, 0.1, 0.1) for i, loss in enumerate((1.0, math.nan))]
+    )
+    assert "nan" not in written(tmp_path, run).lower()
+
+
+def test_long_runs_make_small_files(tmp_path: Path) -> None:
+    page = written(tmp_path, history(20_000, every=20_001))
+    assert page.count('class="dot"') == 2 * MOST_POINTS
+    assert len(page) < 300_000
+
+
+def test_running_mean_is_of_the_last_steps() -> None:
+    assert running_mean([1.0, 3.0, 5.0, 7.0], window=2) == [1.0, 2.0, 4.0, 6.0]
+    assert running_mean([]) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.31, 0.84), (5.0, 5.0), (0.0, 0.0), (-3e-7, 2e-7), (12.0, 48_000.0)]
+)
+def test_ticks_are_few_round_and_around_the_range(low: float, high: float) -> None:
+    ticks = _ticks(low, high)
+    gap = ticks[1] - ticks[0]
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low + 1e-6 * gap
+    assert ticks[-1] >= high - 1e-6 * gap
+    assert round(gap / 10.0 ** math.floor(math.log10(gap) + 1e-9), 6) in (1, 2, 5)
+
+
+def test_figures() -> None:
+    assert accuracy_text({"accuracy": 0.9, "rows": 100}) == "90.0% ± 3.0"
+    assert accuracy_text({"accuracy": 0.9}) == "90.0%"
+    assert accuracy_text({}) == "-"
+    assert loss_text({"loss": 0.41234}) == "0.412"
+    assert loss_text({"loss": None}) == "-"

@@ -1,0 +1,4 @@
+from zoact_remote.cli import main
+
+if __name__ == "__main__":
+    main()

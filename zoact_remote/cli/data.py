@@ -1,0 +1,116 @@
+"""Records and tasks from the command line's options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zoact_remote.cli.output import CommandFailed
+
+if TYPE_CHECKING:
+    from zoact_remote.tasks import Task
+
+T = TypeVar("T")
+
+TEMPLATE = "{text}\nCategory:"
+MOST_LABELS = 64
+"""Above this, a field of many values was surely not meant as a label."""
+
+
+def make_task(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    task: str | None = None,
+    template: str | None = None,
+    labels: Sequence[str] | None = None,
+    completion: str | None = None,
+    text_field: str | None = None,
+    label_field: str | None = None,
+) -> Task:
+    """The task that the options describe.
+
+    Args:
+        records: give the labels where no option does.
+        task: a built-in task's name, or a JSON file. It has its own ``template``, ``labels`` and ``completion``.
+        template: the prompt's.
+        labels: each ``label=word``.
+        completion: the completion's template, in place of labels.
+        text_field: takes the place of ``text`` in the template.
+        label_field: the field that holds the label.
+
+    """
+    from zoact_remote.tasks import Task
+
+    if task is not None:
+        if template or labels or completion:
+            raise CommandFailed(
+                "--task brings its own template and labels: leave out --template, --label, --completion"
+            )
+        made = _named_task(task)
+    else:
+        if labels and completion:
+            raise CommandFailed("a task has either labels or a completion: leave out --label or --completion")
+        prompt = _unescape(template or TEMPLATE)
+        if completion:
+            made = Task(prompt, completion=_unescape(completion))
+        elif labels:
+            made = Task(prompt, dict(map(_label_word, labels)))
+        else:
+            made = Task(prompt, _labels_in(records, label_field or "label"))
+    if text_field is not None:
+        made = replace(made, template=made.template.replace("{text}", f"{{{text_field}}}"))
+    return made if label_field is None else replace(made, label_field=label_field)
+
+
+def spread(rows: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the rows, evenly spaced: a file may be in order of label."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[i * len(rows) // most] for i in range(most)]
+
+
+def split(rows: Sequence[T], held_out: float) -> tuple[list[T], list[T]]:
+    """The rows, and the share at their end that is held out of training."""
+    count = round(len(rows) * held_out)
+    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
+
+
+def _named_task(name: str) -> Task:
+    from zoact_remote.tasks import BUILTIN, Task
+
+    if name in BUILTIN:
+        return BUILTIN[name]
+    if not Path(name).is_file():
+        raise CommandFailed(f"--task {name}: neither a file nor one of {', '.join(BUILTIN)}")
+    return Task.from_file(name)
+
+
+def _label_word(option: str) -> tuple[str | int, str]:
+    label, equals, word = option.partition("=")
+    if not (equals and label and word):
+        raise CommandFailed(f"--label {option!r}: must be LABEL=WORD, such as 'billing= billing'")
+    return label, _unescape(word)
+
+
+def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | int, str]:
+    """Each label in the records as its own word, with the space before it that most tokenisers take as its part."""
+    found = {record[field] for record in records if isinstance(record.get(field), (str, int))}
+    if not found:
+        raise CommandFailed(f"no record has a label in {field!r}: name the field with --label-field, or give --task")
+    if not all(isinstance(label, str) for label in found):
+        shown = ", ".join(map(str, sorted(found, key=str)[:4]))
+        raise CommandFailed(
+            f"the labels {shown} are not words: give each a word, --label '0= terrible' --label '1= great'"
+        )
+    if len(found) > MOST_LABELS:
+        raise CommandFailed(
+            f"{field!r} has {len(found)} values, too many for labels; to complete text, give --completion"
+        )
+    return {label: f" {label}" for label in sorted(found)}
+
+
+def _unescape(text: str) -> str:
+    # Shells pass \n on as it is typed.
+    return text.replace("\\n", "\n")

@@ -1,0 +1,100 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from zoact_remote.cli.output import CommandFailed
+
+if TYPE_CHECKING:
+    from zoact_remote.client import Client
+
+Engine = Literal["vllm", "transformers"]
+
+_SERVER = "Server"
+_DATA = "Data"
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the server is; http://127.0.0.1:8000 if not given.",
+        envvar="ZOACT_URL",
+        metavar="URL",
+        rich_help_panel=_SERVER,
+    ),
+]
+ApiKey = Annotated[
+    str | None, typer.Option(help="Sent to the server.", envvar="ZOACT_API_KEY", metavar="KEY", rich_help_panel=_SERVER)
+]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Write the result as JSON to standard output, and nothing else there.")
+]
+AdapterName = Annotated[str, typer.Option(help="Its name, such as acme/triage.", metavar="TENANT/NAME")]
+Version = Annotated[int | None, typer.Option(min=0, help="The newest if not given; 0 is the model itself.")]
+
+TaskName = Annotated[
+    str | None,
+    typer.Option(help="A built-in task (sst2, subj, trec, agnews) or a task's JSON file.", rich_help_panel=_DATA),
+]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        help="The prompt, with a record's fields in braces: '{text} It was'. \\n stands for a new line.",
+        rich_help_panel=_DATA,
+    ),
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--label",
+        help="A label and its word, 'billing= billing', once for every label. If not given, each label in the data is "
+        "its own word.",
+        metavar="LABEL=WORD",
+        rich_help_panel=_DATA,
+    ),
+]
+Completion = Annotated[
+    str | None,
+    typer.Option(help="Learn to complete the prompt in place of labels: ' {answer}'.", rich_help_panel=_DATA),
+]
+TextField = Annotated[
+    str | None, typer.Option(help="The field that {text} stands for.", metavar="FIELD", rich_help_panel=_DATA)
+]
+LabelField = Annotated[
+    str | None, typer.Option(help="The field that holds the label.", metavar="FIELD", rich_help_panel=_DATA)
+]
+Data = Annotated[Path, typer.Argument(help="Records, a JSON object a line.", metavar="DATA.jsonl", show_default=False)]
+
+
+@contextmanager
+def connect(url: str | None, api_key: str | None) -> Iterator[Client]:
+    """A client for the options' server, which answers.
+
+    Raises:
+        typer.BadParameter: the URL is not one.
+        CommandFailed: nobody listens there.
+
+    """
+    from zoact_remote.client import Client
+    from zoact_remote.errors import ConnectionFailed
+
+    try:
+        client = Client(url, api_key)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with client:
+        try:
+            # Asked once: with the client's retries, a mistyped URL would take a quarter of a minute to show.
+            client.wait_until_ready(timeout=0)
+        except ConnectionFailed as error:
+            if error.sent:
+                raise
+            raise CommandFailed(
+                f"no server answers at {client.url}: start one with zoact serve MODEL, or give --url"
+            ) from error
+        yield client

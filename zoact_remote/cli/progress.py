@@ -1,0 +1,92 @@
+"""A progress bar for training."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from zoact_remote.report import MEAN_OVER
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from zoact_remote.adapter import Adapter
+    from zoact_remote.evaluation import Evaluation
+    from zoact_remote.training import StepRecord, Trainer
+    from zoact_remote.wire import Losses, Probe, Row, Scores, Update, UpdateResult
+
+
+class TrainingBar:
+    """Shows a run: a callback for its trainer.
+
+    The loss is the mean over the last steps, since a single batch's says little; the accuracy is the last evaluation's.
+    """
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self._progress = progress
+        self._task: TaskID = progress.add_task("training", total=steps, figures="")
+        self._recent: deque[StepRecord] = deque(maxlen=MEAN_OVER)
+        self._evaluation: Evaluation | None = None
+
+    def __call__(self, trainer: Trainer, record: StepRecord) -> None:
+        """Show a step."""
+        self._recent.append(record)
+        self._evaluation = record.evaluation or self._evaluation or trainer.history.baseline
+        loss = sum(step.loss for step in self._recent) / len(self._recent)
+        seconds = sum(step.seconds for step in self._recent)
+        figures = [f"loss {loss:.3f}"]
+        if self._evaluation is not None and self._evaluation.accuracy is not None:
+            figures.append(f"accuracy {self._evaluation.accuracy:.1%}")
+        if seconds > 0:
+            figures.append(f"{sum(step.tokens for step in self._recent) / seconds:,.0f} tokens/s")
+        self._progress.update(self._task, completed=record.step + 1, figures=" · ".join(figures))
+
+    def doing(self, what: str) -> None:
+        """Say what the run is busy with."""
+        self._progress.update(self._task, description=what)
+
+
+@contextmanager
+def training_bar(console: Console, steps: int) -> Iterator[TrainingBar]:
+    """A progress bar while the context lasts."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}", markup=False),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, expand=True) as progress:
+        yield TrainingBar(progress, steps)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """An adapter whose calls are shown on a bar: evaluations take long, and a trainer tells of them only afterwards."""
+
+    adapter: Adapter
+    bar: TrainingBar
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        self.bar.doing("training")
+        return self.adapter.losses(rows, probes, base=base, version=version, update=update)
+
+    def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
+        self.bar.doing("evaluating")
+        return self.adapter.scores(rows, version=version)
+
+    def update(self, update: Update) -> UpdateResult:
+        return self.adapter.update(update)

@@ -1,0 +1,172 @@
+"""``zoact quickstart``: from nothing to a tuned adapter on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from zoact_remote.cli import options
+from zoact_remote.cli.output import CommandFailed, Output, reporting, results_table
+from zoact_remote.cli.settings import QUICKSTART, TrainingSettings
+
+if TYPE_CHECKING:
+    from zoact_remote.cli.local_server import LocalServer
+    from zoact_remote.tasks import Task
+    from zoact_remote.wire import Json, Row
+
+TICKETS = Path("examples/data/tickets.jsonl")
+TICKETS_TO_TRAIN_ON = 384
+"""The file's first lines; the rest is held out, as the file's README says."""
+HELD_OUT = 0.2
+HUB_RECORDS = 2000
+TEXT_FIELDS = ("text", "sentence")
+"""Where the hub's data sets keep their text, by preference."""
+MODEL = "smollm2-135m"
+JOURNAL = "journal.sqlite"
+"""Tells a server's state from a directory of someone else's."""
+ADAPTER = "quickstart/demo"
+
+
+def quickstart(
+    data: Annotated[Path, typer.Option(help="The support tickets to train on.", metavar="FILE")] = TICKETS,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Train on this in place of the tickets: a JSON Lines file with text and label, or a classification "
+            "data set on the hub (needs 'datasets'). The last fifth is held out.",
+            metavar="FILE|NAME",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A directory, or a name on the hub. If not given, SmolLM2-135M-Instruct, kept in ~/.cache/zoact "
+            "($ZOACT_CACHE).",
+        ),
+    ] = None,
+    engine: Annotated[
+        options.Engine | None, typer.Option(help="vllm if it is installed, else transformers, if not given.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.", min=1)] = QUICKSTART.steps,
+    out: Annotated[Path, typer.Option(help="Where everything goes.", metavar="DIRECTORY")] = Path("runs/quickstart"),
+    keep_serving: Annotated[bool, typer.Option("--keep-serving", help="Leave the server running.")] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Serve a small model, train an adapter on support tickets, and show what it learned."""
+    with reporting(as_json) as output:
+        from zoact_remote.cli.local_server import serving
+        from zoact_remote.cli.serve import has_vllm
+
+        task, rows, held_out = _load(data, dataset)
+        out.mkdir(parents=True, exist_ok=True)
+        path = model or _prepared_model(out, output)
+        engine = engine or ("vllm" if has_vllm() else "transformers")
+        state = out / "state"
+        if (state / JOURNAL).is_file():
+            # A quickstart starts anew: its adapter of last time may belong to another model.
+            shutil.rmtree(state)
+        settings = replace(QUICKSTART, steps=steps)
+        arguments = [path, "--engine", engine, "--state", str(state)]
+        with serving(arguments, out / "server.log") as server:
+            result = _demonstrate(server, engine, task, rows, held_out, settings, out, output)
+            if keep_serving:
+                server.leave_running()
+                output.note(f"the server still runs at {server.url}; stop it with: kill {server.pid}")
+        shown = result.pop("shown")
+        output.result(result, *shown)
+
+
+def _demonstrate(
+    server: LocalServer,
+    engine: str,
+    task: Task,
+    rows: Sequence[Row],
+    held_out: Sequence[Row],
+    settings: TrainingSettings,
+    out: Path,
+    output: Output,
+) -> Json:
+    """Train, export and generate; the result with, under ``shown``, what a human is to see of it."""
+    from zoact_remote.cli.run import train_adapter
+    from zoact_remote.client import Client
+
+    with Client(server.url) as client:
+        with output.waiting(f"starting the {engine} server; its log is {server.log}"):
+            server.wait_until_ready(client)
+        run = train_adapter(client, ADAPTER, task, rows, held_out, settings, out, output)
+        exported = run.adapter.export(out / "adapter")
+        example = held_out[0]
+        prompt, answer = example["prompt"], example["choices"][example["answer"]]
+        before, after = (run.adapter.generate(prompt, max_tokens=3, version=at).text for at in (0, None))
+    return run.result | {
+        "export": str(exported),
+        "generation": {"prompt": prompt, "expected": answer, "before": before, "after": after},
+        "server": {"url": server.url, "pid": server.pid, "log": str(server.log)},
+        "shown": [
+            results_table(run.results),
+            f"A held-out prompt   {prompt!r}\n  expected          {answer!r}\n  version 0         {before!r}\n"
+            f"  version {run.result['version']:<10}{after!r}\n",
+            f"Report              {run.result['files']['report']}\nPEFT adapter        {exported}",
+        ],
+    }
+
+
+def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Row]]:
+    """The task, and the rows to train on and those held out."""
+    from zoact_remote.cli.data import make_task, split
+    from zoact_remote.tasks import BUILTIN, load_jsonl
+
+    task = None
+    if dataset is None:
+        if not data.is_file():
+            raise CommandFailed(f"{data} is not there: run this in the repository, or give --data or --dataset")
+        records = load_jsonl(data)
+        cut = None
+        if data.name == TICKETS.name:
+            task, cut = BUILTIN["tickets"], TICKETS_TO_TRAIN_ON
+    else:
+        records = load_jsonl(dataset) if Path(dataset).is_file() else _hub_records(dataset)
+        cut = None
+    task = task or make_task(records)
+    rows = task.rows(records)
+    training, held_out = (rows[:cut], rows[cut:]) if cut is not None else split(rows, HELD_OUT)
+    if not training or not held_out:
+        raise CommandFailed(f"{dataset or data} has {len(rows)} records, too few to train on some and hold out others")
+    return task, training, held_out
+
+
+def _hub_records(name: str) -> list[Json]:
+    """Records of a classification data set on the hub, as text and label."""
+    try:
+        import datasets
+    except ImportError:
+        raise CommandFailed(f"{name} is not a file; to load it from the hub: pip install 'zoact-remote[hub]'") from None
+    # Shuffled, since many sets are in order of label.
+    found = datasets.load_dataset(name, split="train").shuffle(seed=0)
+    found = found.select(range(min(HUB_RECORDS, len(found))))
+    field = next((field for field in TEXT_FIELDS if field in found.features), None)
+    if field is None or "label" not in found.features:
+        raise CommandFailed(
+            f"{name} has no text and label, but {', '.join(found.features)}: convert it to a file first"
+        )
+    names = getattr(found.features["label"], "names", None)
+    return [{"text": record[field], "label": names[record["label"]] if names else record["label"]} for record in found]
+
+
+def _prepared_model(out: Path, output: Output) -> str:
+    """Directory of the quickstart's model, which is made the first time."""
+    from zoact_remote.cli.local_server import run_logged
+
+    directory = Path(os.environ.get("ZOACT_CACHE") or Path.home() / ".cache" / "zoact") / MODEL
+    if not (directory / "config.json").is_file():
+        with output.waiting(f"preparing the model in {directory}, once; this takes a minute or two"):
+            command = [sys.executable, "-m", "server_ext.quickstart_model", str(directory)]
+            run_logged(command, out / "model.log", "preparing the model")
+    return str(directory)

