@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Adapter:
         layout: where it acts.
         version: the newest one.
         digest: of the newest coefficients; None before calibration.
+        largest: no coefficient is larger; infinite where that is not known.
         lock: held for reading while the adapter is in use, for writing while it changes.
         deleted: set once it is gone, for those who waited for the lock.
 
@@ -36,6 +38,7 @@ class Adapter:
         self.layout = layout
         self.version = 0
         self.digest: str | None = None
+        self.largest = math.inf
         self.lock = ReadWriteLock()
         self.deleted = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,19 @@ from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
+
+LARGEST_COEFFICIENT = 100.0
+"""Trained coefficients stay below 1. Far beyond it activations overflow, and a NaN that one adapter leaves in vLLM's
+key-value cache can reach requests of others: attention multiplies what it leaves out by zero."""
+LARGEST_DRAW = {"rademacher": 1.0, "gaussian": math.sqrt(-2.0 * math.log(2.0**-24))}
+
+
+def largest_step(update: Update, distribution: Distribution) -> float:
+    """The most by which an update's terms can change a coefficient."""
+    total = LARGEST_DRAW[distribution] * math.fsum(abs(scalar) for _, scalar in update.terms)
+    if update.normaliser is None:
+        return total
+    return total / (math.sqrt(update.normaliser.offset) + update.normaliser.epsilon)
 
 
 class Coefficients:

@@ -33,7 +33,7 @@ TENANT_ADAPTER = r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$"
 Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf_nan=False)]
 Weight = Annotated[Scalar, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
-Epsilon = Annotated[float, Field(gt=0, le=1e3, allow_inf_nan=False)]
+Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Version = Annotated[int, Field(ge=0, strict=True)]
 Term = tuple[Seed, Scalar]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from server_ext import basis_files, schemas
 from server_ext.adapters import Adapter, OldVersions
 from server_ext.basis import Basis, random_test_matrix
-from server_ext.coefficients import Coefficients
+from server_ext.coefficients import LARGEST_COEFFICIENT, Coefficients, largest_step
 from server_ext.engines.base import CalibrationRow, Engine
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
@@ -30,6 +31,7 @@ from server_ext.rows import RowScore, TokenRow, contexts_of, score_of, tokenise,
 from server_ext.store import Point, basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION
+from zoact_remote.wire import Update
 
 T = TypeVar("T")
 
@@ -213,6 +215,8 @@ class Service:
                 tokens = self.engine.encode_chat([message.model_dump() for message in ask.messages])
             except Exception as error:  # a chat template is a program of the model's author and may raise anything
                 raise invalid("messages", f"the model's chat template refuses them: {error}") from None
+            if not tokens:
+                raise invalid("messages", "the model's chat template makes nothing of them")
         else:
             assert ask.prompt is not None
             tokens = list(tokenise(ask.prompt, "prompt", True, self.engine.encode, self.engine.model.vocabulary))
@@ -327,7 +331,7 @@ class Service:
         if basis_digest(basis) != adapter.row.basis.digest:
             raise ValueError(f"the basis file of {adapter.row.name} is damaged: {self._basis_path(adapter)}")
         adapter.digest = await self.engine.put(key, adapter.layout, adapter.row.distribution, basis, None, 0)
-        adapter.version = 0
+        adapter.version, adapter.largest = 0, math.inf
         for row in await self._on_disk(self._journal.updates, key):
             adapter.digest = await self.engine.update(key, row.update)
             adapter.version = row.version
@@ -360,16 +364,33 @@ class Service:
                 f"{path}base_version",
                 current_version=adapter.version,
             )
+        largest = await self._largest_after(adapter, update, path)
         version = await self._on_disk(self._journal.append, key, update)
         try:
             adapter.digest = await self.engine.update(key, update)
             adapter.version = version
+            adapter.largest = largest
         except Exception:
             # The update stands in the journal, so it happened; the engine's copy is what has to catch up.
             await self._load(adapter)
         assert adapter.digest is not None
         await self._on_disk(self._journal.set_digest, key, version, adapter.digest)
         return schemas.UpdateResult(version=version, digest=adapter.digest, applied=True)
+
+    async def _largest_after(self, adapter: Adapter, update: Update, path: str) -> float:
+        """A bound on the coefficients after an update; ApiError if it is too large."""
+
+        def bound() -> float:
+            kept = (1.0 - update.decay) * adapter.largest if update.decay < 1.0 else 0.0
+            return kept + largest_step(update, adapter.row.distribution)
+
+        if bound() > LARGEST_COEFFICIENT:
+            # The bound has added up every step so far, whatever its sign: look at what they came to.
+            adapter.largest = float(np.abs(await self.engine.read(adapter.row.key)).max())
+            if bound() > LARGEST_COEFFICIENT:
+                limit = f"{LARGEST_COEFFICIENT:g}"
+                raise invalid(f"{path}terms", f"coefficients could come to {bound():.3g}, beyond the limit of {limit}")
+        return bound()
 
     async def _losses(
         self,

@@ -1,7 +1,5 @@
 """What can go wrong in a call, as one exception class per remedy."""
 
-
-
 from __future__ import annotations
 
 from collections.abc import Mapping
