@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from server_ext.noise import Noise, close_gaps, float32
+from server_ext.noise import Noise, WordCache, close_gaps, float32
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
@@ -42,9 +42,10 @@ class Coefficients:
         distribution: Distribution,
         device: torch.device | str = "cpu",
         flat: torch.Tensor | None = None,
+        cache: WordCache | None = None,
     ) -> None:
         self.layout = layout
-        self.noise = Noise(layout, distribution, device)
+        self.noise = Noise(layout, distribution, device, cache)
         self.flat = torch.zeros(layout.size, device=device) if flat is None else flat.to(device, torch.float32)
         if self.flat.shape != (layout.size,):
             raise ValueError(f"coefficients must have shape [{layout.size}], got {list(self.flat.shape)}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 
@@ -12,6 +14,32 @@ from zoact_remote.noise import LANES, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_
 _MASK32 = 0xFFFFFFFF
 
 
+class WordCache:
+    """Philox's output by seed, for many adapters together; what has gone unused longest goes first.
+
+    A seed is drawn again and again: on both sides of its probe, and in every update whose window of past probes it
+    stands in. Its words are one bit a Rademacher coefficient, and most of the work.
+    """
+
+    def __init__(self, limit: int = 64 << 20) -> None:
+        """``limit``: bytes held at most."""
+        self._limit = limit
+        self._held = 0
+        self._words: OrderedDict[tuple[object, int], torch.Tensor] = OrderedDict()
+
+    def get(self, owner: object, seed: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """An owner's words for a seed, made if they are not held."""
+        key = (owner, seed)
+        if key in self._words:
+            self._words.move_to_end(key)
+            return self._words[key]
+        words = self._words[key] = make()
+        self._held += words.nbytes
+        while self._held > self._limit:
+            self._held -= self._words.popitem(last=False)[1].nbytes
+        return words
+
+
 class Noise:
     """Draws Z(seed) over a layout's flat buffer.
 
@@ -19,9 +47,16 @@ class Noise:
     coefficients (768 for Gaussian ones).
     """
 
-    def __init__(self, layout: Layout, distribution: Distribution, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        distribution: Distribution,
+        device: torch.device | str = "cpu",
+        cache: WordCache | None = None,
+    ) -> None:
         self.layout = layout
         self.distribution = distribution
+        self._cache = cache or WordCache(limit=0)
         lanes = LANES[distribution]
         blocks = [torch.arange(layout.padded(site) // lanes, device=device) for site in layout.sites]
         sites = [torch.full_like(b, s.index) for b, s in zip(blocks, layout.sites, strict=True)]
@@ -33,17 +68,22 @@ class Noise:
 
     def draw(self, seed: int, scale: float = 1.0) -> torch.Tensor:
         """``scale Z(seed)``: float32 ``[layout.size]``, gaps zero. The scale is rounded to float32 first."""
-        words = _philox(*self._counter, torch.full_like(self._counter[0], STREAMS[self.distribution]), seed)
+        words = self._cache.get(self, seed, lambda: self._words(seed))
         flat = self._signs(words, scale) if self.distribution == "rademacher" else self._normals(words) * float32(scale)
         return close_gaps(flat, self.layout)
 
+    def _words(self, seed: int) -> torch.Tensor:
+        """Philox's output: int32 ``[blocks, 4]``."""
+        stream = torch.full_like(self._counter[0], STREAMS[self.distribution])
+        return _philox(*self._counter, stream, seed).to(torch.int32)
+
     def _signs(self, words: torch.Tensor, scale: float) -> torch.Tensor:
         # Words lie in memory least significant byte first, as bits are numbered.
-        octets = words.to(torch.int32).view(torch.uint8).reshape(-1)
-        return (self._signs_of_byte * float32(scale)).index_select(0, octets.to(torch.int32)).reshape(-1)
+        octets = words.view(torch.uint8).reshape(-1).to(torch.int64)
+        return (self._signs_of_byte * float32(scale)).index_select(0, octets).reshape(-1)
 
     def _normals(self, words: torch.Tensor) -> torch.Tensor:
-        mantissas = (words >> 8).to(torch.float64).reshape(-1, 2, 2)
+        mantissas = ((words.to(torch.int64) & _MASK32) >> 8).to(torch.float64).reshape(-1, 2, 2)
         radius = torch.sqrt(-2.0 * torch.log((mantissas[..., 0] + 1.0) * 2.0**-24))
         angle = 2.0 * math.pi * 2.0**-24 * mantissas[..., 1]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).reshape(-1).to(torch.float32)

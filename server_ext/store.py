@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from server_ext.coefficients import Coefficients
+from server_ext.noise import WordCache
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
@@ -52,10 +53,11 @@ class AdapterState:
         flat: torch.Tensor | None,
         version: int,
         device: torch.device,
+        cache: WordCache,
     ) -> None:
         self.layout = layout
         self.basis = {name: vectors.to(device, torch.float32).contiguous() for name, vectors in basis.items()}
-        self.coefficients = Coefficients(layout, distribution, device, flat)
+        self.coefficients = Coefficients(layout, distribution, device, flat, cache)
         self.version = version
 
     def update(self, update: Update) -> str:
@@ -92,6 +94,7 @@ class AdapterStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._adapters: dict[str, AdapterState] = {}
+        self._cache = WordCache()
 
     def put(
         self,
@@ -103,7 +106,7 @@ class AdapterStore:
         version: int,
     ) -> str:
         """Takes in an adapter (zero coefficients for ``flat=None``) and returns its coefficients' digest."""
-        state = AdapterState(layout, distribution, basis, flat, version, self.device)
+        state = AdapterState(layout, distribution, basis, flat, version, self.device, self._cache)
         self._adapters[key] = state
         return state.coefficients.digest()
 

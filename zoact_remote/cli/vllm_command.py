@@ -15,6 +15,12 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM has slots for."""
+CPU_ENVIRONMENT = {
+    # In GiB. By default vLLM takes up to half of the memory.
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    # By default vLLM keeps a core for its API server: half of a machine of two, though it idles while the model runs.
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+}
 PLUGIN_GROUPS = (
     "vllm.general_plugins",
     "vllm.io_processor_plugins",
@@ -97,9 +103,8 @@ def vllm_command(
     if api_key is not None:
         # Not a flag: every user of the machine can read those.
         changes["VLLM_API_KEY"] = api_key
-    if on_cpu and "VLLM_CPU_KVCACHE_SPACE" not in environment:
-        # In GiB. By default vLLM takes up to half of the memory.
-        changes["VLLM_CPU_KVCACHE_SPACE"] = "2"
+    if on_cpu:
+        changes |= {name: value for name, value in CPU_ENVIRONMENT.items() if name not in environment}
     return VllmCommand([*arguments, *extra], changes)
 
 
