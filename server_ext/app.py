@@ -19,10 +19,10 @@ def create_app(engine: Engine, directory: Path, keys: Sequence[str] = ()) -> Fas
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service = Service(engine, directory)
-        await service.restore()
+        await service.registry.restore()
         app.state.zoact = service
         yield
-        await service.close()
+        await service.registry.close()
 
     app = FastAPI(title="ZO-Act", lifespan=lifespan)
     app.state.zoact_keys = KeyCheck(keys)

@@ -48,7 +48,7 @@ class ZoActPlugin:
         state.zoact_keys = KeyCheck([key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key])
         engine = await VllmEngine.attach(engine_client)
         service = Service(engine, Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE)))
-        await service.restore()
+        await service.registry.restore()
         state.zoact = service
 
 

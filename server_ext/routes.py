@@ -116,7 +116,7 @@ async def list_adapters(service: Zo) -> schemas.AdapterList:
 @router.get(ADAPTER)
 async def get_adapter(service: Zo, name: Name) -> schemas.AdapterInfo:
     """One adapter."""
-    return service.adapter(name).info()
+    return service.registry.adapter(name).info()
 
 
 @router.delete(ADAPTER, status_code=status.HTTP_204_NO_CONTENT)

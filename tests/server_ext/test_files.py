@@ -98,14 +98,14 @@ def test_a_server_does_not_start_on_what_it_cannot_restore(tmp_path: Path, engin
         service = Service(engine, tmp_path)
         await service.create(CreateAdapter(name="acme/triage", basis=BasisSpec(source="random")))
         await service.calibrate("acme/triage", Calibrate())
-        await service.close()
+        await service.registry.close()
 
     async def restore() -> None:
         service = Service(engine, tmp_path)
         try:
-            await service.restore()
+            await service.registry.restore()
         finally:
-            await service.close()
+            await service.registry.close()
 
     asyncio.run(asyncio.wait_for(make(), 30))
     asyncio.run(asyncio.wait_for(restore(), 30))

@@ -1,0 +1,88 @@
+"""Training through a real vLLM server on the CPU: accuracy before and after, and the time it takes.
+
+    python benchmarks/training.py MODEL [--sst2 DIRECTORY]
+
+MODEL is SmolLM2-135M-Instruct's directory, as the quickstart prepares it. DIRECTORY holds SST-2 as train.jsonl and
+dev.jsonl with the fields text and label (0 or 1); without it only the support tickets are trained on. Runs
+`zoact train` as a user would, and prints a table in Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from zoact_remote import Client
+from zoact_remote.cli.local_server import LocalServer
+from zoact_remote.tasks import load_jsonl
+
+TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
+TICKETS_TO_TRAIN_ON = 384
+SST2_TO_TRAIN_ON = 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--sst2", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        records = load_jsonl(TICKETS)
+        runs = {
+            "support tickets, 4 classes": [
+                *split(directory, "tickets", records[:TICKETS_TO_TRAIN_ON], records[TICKETS_TO_TRAIN_ON:]),
+                *("--task", "tickets", "--positions", "prompt", "--steps", "150"),
+            ]
+        }
+        if options.sst2:
+            training, held_out = (load_jsonl(options.sst2 / f"{part}.jsonl") for part in ("train", "dev"))
+            files = split(directory, "sst2", training[:SST2_TO_TRAIN_ON], held_out[:400])
+            runs["SST-2"] = [*files, "--task", "sst2", "--steps", "400"]
+        server = LocalServer([options.model, "--state", str(directory / "state")], directory / "log")
+        try:
+            with Client(server.url) as client:
+                server.wait_until_ready(client)
+                info = client.info()
+            print(f"{info.engine} {info.engine_version}, {info.dtype}\n")
+            print("| task | steps of 16 rows | zero-shot | label-calibrated | tuned | training, min | s a step |")
+            print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
+            for number, (task, arguments) in enumerate(runs.items()):
+                print(
+                    row(task, train(server.url, [*arguments, "--adapter", f"bench/run-{number}"], directory)),
+                    flush=True,
+                )
+        finally:
+            server.stop()
+
+
+def split(
+    directory: Path, name: str, training: list[dict[str, object]], held_out: list[dict[str, object]]
+) -> list[str]:
+    """Writes two files and returns the arguments that name them."""
+    paths = [directory / f"{name}-{part}.jsonl" for part in ("train", "eval")]
+    for path, records in zip(paths, (training, held_out), strict=True):
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return [str(paths[0]), "--eval", str(paths[1])]
+
+
+def train(url: str, arguments: list[str], directory: Path) -> dict[str, object]:
+    command = [sys.executable, "-m", "zoact_remote.cli", "train", *arguments, "--url", url, "--json"]
+    done = subprocess.run([*command, "--out", str(directory / "out")], stdout=subprocess.PIPE, check=True)
+    result: dict[str, object] = json.loads(done.stdout)
+    return result
+
+
+def row(task: str, result: dict[str, object]) -> str:
+    results, steps, seconds = result["results"], result["steps"], result["seconds"]
+    accuracies = [results[name]["accuracy"] for name in ("zero_shot", "label_calibrated_zero_shot", "tuned")]
+    cells = [task, str(steps), *(f"{a:.3f}" for a in accuracies), f"{seconds / 60:.1f}", f"{seconds / steps:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
