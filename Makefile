@@ -25,7 +25,7 @@ test-fast: $(VENV)/test
 check: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy zoact_remote server_ext
+	$(BIN)/mypy zoact_remote server_ext tests
 
 clean:
 	rm -rf $(VENV)

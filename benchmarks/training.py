@@ -36,7 +36,7 @@ def main() -> None:
         runs = {
             "support tickets, 4 classes": [
                 *split(directory, "tickets", records[:TICKETS_TO_TRAIN_ON], records[TICKETS_TO_TRAIN_ON:]),
-                *("--task", "tickets", "--positions", "prompt", "--steps", "150"),
+                *("--task", "tickets", "--positions", "prompt", "--learning-rate", "3e-3", "--steps", "200"),
             ]
         }
         if options.sst2:

@@ -5,15 +5,15 @@ Start a server first:  zoact serve MODEL
 
 from pathlib import Path
 
-from zoact_remote import Adam, Client, Trainer, TwoPoint, evaluate, linear, load_jsonl, tasks
+from zoact_remote import Adam, Basis, Client, Trainer, TwoPoint, evaluate, linear, load_jsonl, tasks
 
 rows = tasks.BUILTIN["tickets"].rows(load_jsonl(Path(__file__).parent / "data" / "tickets.jsonl"))
 training, held_out = rows[:384], rows[384:]
 
 with Client("http://127.0.0.1:8000") as client:
-    adapter = client.create_adapter("acme/tickets", rank=4)
+    adapter = client.create_adapter("acme/tickets", basis=Basis(positions="prompt"))
     adapter.calibrate(training[:64])
     print("before:", evaluate(adapter, held_out).accuracy)
-    Trainer(adapter, TwoPoint(), Adam(), linear(2e-3, steps=150), training, steps=150).run()
+    Trainer(adapter, TwoPoint(), Adam(), linear(3e-3, steps=200), training, steps=200).run()
     print("after: ", evaluate(adapter, held_out).accuracy)
     adapter.export("tickets-adapter")  # a PEFT directory

@@ -39,7 +39,7 @@ class Point:
     def name(self) -> str:
         """A name that no other coefficients ever have: vLLM hashes cached blocks by it."""
         probe = f"{self.seed:+d}*{self.epsilon!r}" if self.epsilon else ""
-        return f"{self.key}@{self.version}.{self.digest.removeprefix('sha256:')[:16]}{probe}"
+        return f"zoact:{self.key}@{self.version}.{self.digest.removeprefix('sha256:')[:16]}{probe}"
 
 
 class AdapterState:

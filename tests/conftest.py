@@ -1,13 +1,16 @@
-"""What all tests share: a real model, small enough to be made on the spot."""
+"""What all tests share: a real model, small enough to be made on the spot, and real servers that serve it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.support import KEY, Server, Servers
 
 # Time limits of single examples measure the machine; hung calls have timeouts of their own.
 settings.register_profile("zoact", deadline=None)
@@ -79,3 +82,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
     ).save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Servers that all tests share, one an engine."""
+    found = Servers(tiny_model, tmp_path_factory.mktemp)
+    yield found
+    found.kill()
+
+
+@pytest.fixture(scope="session")
+def server_with_key(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that wants ``KEY``. No test leaves an adapter on it."""
+    server = Server(tiny_model, "transformers", tmp_path_factory.mktemp("with-key"), KEY).start()
+    yield server
+    server.kill()

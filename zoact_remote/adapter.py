@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import tarfile
@@ -107,7 +108,13 @@ class Adapter:
             "base": base,
             "update": None if update is None else _keyed(update).to_json(),
         }
-        return self._transport.call("POST", f"{self._path}/losses", Losses.from_json, json=body, repeatable=True)
+
+        def read(data: Any) -> Losses:
+            losses = Losses.from_json(data)
+            # JSON has no NaN, so a loss that is not finite comes as null; only here is it known that one was asked for.
+            return replace(losses, base=math.nan) if base and losses.base is None else losses
+
+        return self._transport.call("POST", f"{self._path}/losses", read, json=body, repeatable=True)
 
     def update(self, update: Update) -> UpdateResult:
         """Apply an update.

@@ -7,12 +7,14 @@ or said that it would not take them now (429, 503).
 
 from __future__ import annotations
 
+import ipaddress
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
+from urllib.parse import urlsplit
 
 import requests
 import tenacity
@@ -65,6 +67,8 @@ class Transport:
         self.retries = retries
         self._sleep = sleep
         self._session = requests.Session()
+        # A proxy from the environment cannot reach this machine's own loopback.
+        self._session.trust_env = not _is_loopback(urlsplit(url).hostname or "")
         if api_key is not None:
             # An auth object, not a header: requests would let a matching .netrc entry replace the header.
             self._session.auth = _Bearer(api_key)
@@ -236,3 +240,10 @@ def _retry_after(header: str | None) -> float | None:
         return None
     aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
     return max(0.0, (aware - datetime.now(timezone.utc)).total_seconds())
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,4 +1,4 @@
-"""Servers over both engines: every contract test runs on each, vLLM's behind the marker ``vllm``."""
+"""Every contract test runs over both engines, vLLM's behind the marker ``vllm``."""
 
 from __future__ import annotations
 
@@ -7,17 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.server_ext.support import Reference, Server, Servers
+from tests.server_ext.support import Reference
+from tests.support import Server, Servers
 from zoact_remote import Client
 
 ENGINES = ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)]
-
-
-@pytest.fixture(scope="session")
-def servers(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    found = Servers(tiny_model, tmp_path_factory.mktemp)
-    yield found
-    found.kill()
 
 
 @pytest.fixture(scope="session", params=ENGINES)

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from server_ext.model_digest import model_digest
-from tests.server_ext.support import ROWS, Lora, Reference, Server, layout_of, new_adapter, trained_adapter
+from tests.server_ext.support import Lora, Reference, layout_of
+from tests.support import ROWS, Server, new_adapter, trained_adapter
 from zoact_remote import Basis, Client, Conflict, Normaliser, NotFound, Probe, Side, StaleVersion, Update
 from zoact_remote.digest import coefficients_digest
 from zoact_remote.replay import direction, replay
@@ -269,3 +270,12 @@ def test_generation_takes_a_conversation(client: Client, reference: Reference) -
     text = reference.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     from_messages = adapter.generate(messages=messages, max_tokens=4)
     assert from_messages.token_ids == adapter.generate(reference.ids(text, special=False), max_tokens=4).token_ids
+
+
+def test_a_proxy_is_not_asked_for_loopback(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    with server.client() as client:
+        assert client.info().engine == server.engine

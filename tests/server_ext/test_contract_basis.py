@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.server_ext.support import ROWS, Lora, Reference, layout_of, new_adapter
+from tests.server_ext.support import Lora, Reference, layout_of
+from tests.support import ROWS, new_adapter
 from zoact_remote import Basis, Client
 
 SPECS = [

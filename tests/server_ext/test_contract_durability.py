@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.server_ext.support import ROWS, Server, layout_of, new_adapter
+from tests.server_ext.support import layout_of
+from tests.support import ROWS, Server, new_adapter
 from zoact_remote import Basis, Client, NotFound, StaleVersion, Update, UpdateResult, ZoActError
 from zoact_remote.digest import coefficients_digest
 from zoact_remote.replay import replay

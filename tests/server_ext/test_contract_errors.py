@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 
-from tests.server_ext.support import ROWS, Server, new_adapter, trained_adapter
+from tests.support import KEY, ROWS, Server, new_adapter, trained_adapter
 from zoact_remote import Adapter, AuthenticationError, BadRequest, Basis, Client, Update
 
 TIMEOUT = (5, 60)
@@ -292,21 +291,15 @@ def test_coefficients_stay_bounded(client: Client) -> None:
     assert adapter.refresh().version == 6
 
 
-def test_a_server_with_a_key_wants_it(tiny_model: Path, tmp_path: Path) -> None:
-    server = Server(tiny_model, "transformers", tmp_path, {"ZOACT_API_KEY": "sesame"}).start()
-    try:
-        for key in (None, "wrong", "sesame "[:-2]):
-            headers = {} if key is None else {"authorization": f"Bearer {key}"}
-            response = requests.get(f"{server.url}/zoact/v1/info", headers=headers, timeout=TIMEOUT)
-            assert checked(response, 401)["code"] == "invalid_api_key"
-        basic = requests.get(f"{server.url}/zoact/v1/info", headers={"authorization": "sesame"}, timeout=TIMEOUT)
-        assert basic.status_code == 401
-        url = f"{server.url}/zoact/v1/adapters"
-        checked(requests.post(url, json={"name": "tests/intruder"}, timeout=TIMEOUT), 401)
-        with server.client(api_key="wrong") as client, pytest.raises(AuthenticationError):
-            client.adapters()
-        with server.client(api_key="sesame") as client:
-            assert client.adapters() == []
-        assert requests.get(f"{server.url}/health", timeout=TIMEOUT).ok
-    finally:
-        server.kill()
+def test_a_server_with_a_key_wants_it(server_with_key: Server) -> None:
+    url = server_with_key.url
+    for authorization in (None, "Bearer wrong", f"Bearer {KEY[:-1]}", KEY):
+        headers = {} if authorization is None else {"authorization": authorization}
+        response = requests.get(f"{url}/zoact/v1/info", headers=headers, timeout=TIMEOUT)
+        assert checked(response, 401)["code"] == "invalid_api_key"
+    checked(requests.post(f"{url}/zoact/v1/adapters", json={"name": "tests/intruder"}, timeout=TIMEOUT), 401)
+    with server_with_key.client(api_key="wrong") as client, pytest.raises(AuthenticationError):
+        client.adapters()
+    with server_with_key.client(api_key=KEY) as client:
+        assert client.adapters() == []
+    assert requests.get(f"{url}/health", timeout=TIMEOUT).ok

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 
-from tests.server_ext.support import ROWS, SLOTS, Lora, Servers, new_adapter, trained_adapter
+from tests.server_ext.support import Lora
+from tests.support import ROWS, SLOTS, Servers, new_adapter, trained_adapter
 from zoact_remote import Adapter, Basis, Client, Normaliser, Probe, Side, Update
 
 pytestmark = pytest.mark.vllm
@@ -124,3 +126,19 @@ def test_one_name_never_serves_two_adapters(servers: Servers) -> None:
             losses.append(adapter.scores(rows).loss)
             adapter.delete()
         assert losses[0] != pytest.approx(losses[1], abs=1e-3)
+
+
+def test_metrics_do_not_grow_with_every_probe(servers: Servers) -> None:
+    server = servers("vllm")
+    with server.client() as client:
+        adapter = new_adapter(client)
+
+        def series() -> int:
+            text = requests.get(f"{server.url}/metrics", timeout=30).text
+            return sum(line.startswith("vllm:lora_requests_info{") for line in text.splitlines())
+
+        adapter.losses(ROWS, [Probe(0, 0.01)])
+        before = series()
+        for seed in range(1, 9):
+            adapter.losses(ROWS, [Probe(seed, 0.01), Probe(seed + 100, 0.01)])
+        assert before <= series() <= before + 2

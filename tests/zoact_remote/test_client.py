@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -188,6 +189,17 @@ LOSSES = {
     "update": {"version": 5, "digest": "sha256:3", "applied": True},
     "timing": {"update_s": 0.1, "forward_s": 0.2, "total_s": 0.4},
 }
+
+
+def test_a_loss_that_is_not_finite_is_nan(adapter: Adapter, server: responses.RequestsMock) -> None:
+    # JSON has no NaN: the server writes null.
+    found = [{"seed": 7, "epsilon": 0.5, "plus": None, "minus": 0.5}]
+    server.post(f"{PATH}/losses", json=LOSSES | {"base": None, "losses": found})
+    losses = adapter.losses([ROW], [Probe(7, 0.5)], base=True)
+    assert losses.base is not None
+    assert math.isnan(losses.base)
+    assert math.isnan(losses.losses[0].plus)
+    assert adapter.losses([ROW], [Probe(7, 0.5)]).base is None
 
 
 def test_losses_carry_an_update_whose_key_outlives_retries(adapter: Adapter, server: responses.RequestsMock) -> None:

@@ -4,6 +4,7 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,8 @@ def history(steps: int, *, every: int = 10, accuracy: float | None = 0.5) -> His
 
 
 def written(tmp_path: Path, run: History, **changes: object) -> str:
-    arguments = {"title": "acme/triage", "settings": {"rank": 4}, "history": run, "results": RESULTS} | changes
-    return write_report(tmp_path / "made" / "report.html", **arguments).read_text(encoding="utf-8")
+    arguments: dict[str, Any] = {"title": "acme/triage", "settings": {"rank": 4}, "history": run, "results": RESULTS}
+    return write_report(tmp_path / "made" / "report.html", **arguments | changes).read_text(encoding="utf-8")
 
 
 class Balance(HTMLParser):

@@ -76,7 +76,8 @@ def _table(found: list[AdapterInfo]) -> Table:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("adapter")
+    # Where the terminal is narrow, the other columns give way: a name is there to be copied.
+    table.add_column("adapter", no_wrap=True)
     for heading in ("version", "rank", "coefficients"):
         table.add_column(heading, justify="right")
     for heading in ("basis", "created"):

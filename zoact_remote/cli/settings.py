@@ -84,5 +84,5 @@ class TrainingSettings:
 
 
 DEFAULTS = TrainingSettings()
-QUICKSTART = replace(DEFAULTS, positions="prompt", steps=150, eval_every=50)
+QUICKSTART = replace(DEFAULTS, positions="prompt", learning_rate=3e-3, steps=200, eval_every=50)
 """A run that takes minutes on two cores."""

@@ -1,0 +1,79 @@
+"""``zoact eval``, ``zoact export`` and ``zoact adapters``: commands about adapters that there are."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support import KEY, Server, trained_adapter
+from tests.zoact_remote.cli.support import RECORDS, TASK, figures, read_json, run, run_json
+from zoact_remote import Adapter, Client, NotFound
+from zoact_remote.cli.data import spread
+
+ROWS = TASK.rows(RECORDS)
+
+
+@pytest.fixture
+def adapter(client: Client) -> Adapter:
+    """An adapter at version 2."""
+    adapter = trained_adapter(client, updates=2)
+    adapter.refresh()
+    return adapter
+
+
+def test_eval_says_what_the_server_scores(data: str, adapter: Adapter) -> None:
+    found = run_json("eval", data, "--adapter", adapter.name)
+    expected = figures(adapter, ROWS, version=2)
+    assert (found["adapter"], found["version"]) == (adapter.name, 2)
+    assert {field: found[field] for field in expected} == expected
+
+    some = spread(ROWS, 6)
+    shown = run("eval", data, "--adapter", adapter.name, "--version", "0", "--rows", "6").stdout
+    (line,) = (line for line in shown.splitlines() if f"{adapter.name}@0" in line)
+    assert f"{adapter.scores(some, version=0).loss:.3f}" in line
+    assert line.split()[-1] == "6"
+
+
+def test_eval_takes_a_task_from_a_file(data: str, adapter: Adapter) -> None:
+    Path("task.json").write_text('{"template": "{text}", "completion": " {label}"}')
+    rows = [{"prompt": record["text"], "completion": f" {record['label']}"} for record in RECORDS]
+    found = run_json("eval", data, "--adapter", adapter.name, "--task", "task.json")
+    expected = figures(adapter, rows, version=2)
+    assert {field: found[field] for field in expected} == expected
+
+
+def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
+    made = run_json("export", adapter.name, "peft")
+    assert made == {"adapter": adapter.name, "version": 2, "dtype": "float32", "directory": "peft"}
+    assert read_json(Path("peft/adapter_config.json"))["r"] == adapter.info.rank
+    about = read_json(Path("peft/zoact.json"))
+    assert (about["version"], about["coefficients_digest"]) == (2, adapter.info.digest)
+    full = Path("peft/adapter_model.safetensors").stat().st_size
+
+    shown = run("export", adapter.name, "half", "--version", "1", "--dtype", "bfloat16").stdout
+    assert f"{adapter.name}@1 is in half" in shown
+    assert read_json(Path("half/zoact.json"))["version"] == 1
+    assert Path("half/adapter_model.safetensors").stat().st_size < 0.7 * full
+
+
+def test_adapters_are_listed_and_deleted(client: Client, adapter: Adapter) -> None:
+    (listed,) = (found for found in run_json("adapters")["adapters"] if found["name"] == adapter.name)
+    assert (listed["version"], listed["state"], listed["digest"]) == (2, "ready", adapter.info.digest)
+    assert adapter.name in run("adapters").stdout
+    assert "deleted" in run("adapters", "--delete", adapter.name).stdout
+    assert adapter.name not in [found["name"] for found in run_json("adapters")["adapters"]]
+    with pytest.raises(NotFound):
+        client.adapter(adapter.name)
+
+
+def test_long_names_are_listed_whole(client: Client) -> None:
+    adapter = client.create_adapter("acme-corporation/triage-of-support-tickets-in-production")
+    assert adapter.name in run("adapters").stdout
+    adapter.delete()
+
+
+def test_the_api_key_is_sent(server_with_key: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    listing = ("adapters", "--url", server_with_key.url)
+    assert "no adapters" in run(*listing, "--api-key", KEY).stdout
+    assert "a valid API key is needed" in run(*listing, "--api-key", "wrong", code=1).stderr
+    monkeypatch.setenv("ZOACT_API_KEY", KEY)
+    assert run_json(*listing) == {"adapters": []}

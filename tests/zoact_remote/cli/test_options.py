@@ -1,0 +1,52 @@
+"""Tasks, rows and methods from options."""
+
+from typing import Any
+
+import pytest
+
+from zoact_remote.cli.data import make_task, split, spread
+from zoact_remote.cli.output import CommandFailed
+from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
+from zoact_remote.optimizers import SGD, Adam
+
+
+def test_tasks_from_options() -> None:
+    records = [{"body": "x", "kind": "a"}, {"body": "y", "kind": "b"}]
+    task = make_task(records, text_field="body", label_field="kind")
+    assert task.rows(records)[1] == {"prompt": "y\nCategory:", "choices": [" a", " b"], "answer": 1}
+    task = make_task([], template="{text}\\nIt was", labels=["0= bad", "1= good = fine"])
+    assert task.to_dict()["labels"] == {"0": " bad", "1": " good = fine"}
+    assert task.template == "{text}\nIt was"
+    assert make_task([], task="sst2").template == "{text} It was"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "sst2", "template": "x"}, "leave out"),
+        ({"task": "none"}, "neither a file"),
+        ({"labels": ["a"]}, "LABEL=WORD"),
+        ({"labels": ["a=b"], "completion": "x"}, "either"),
+        ({"label_field": "none"}, "--label-field"),
+        ({}, "not words"),
+    ],
+)
+def test_tasks_that_cannot_be_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(CommandFailed, match=message):
+        make_task([{"text": "x", "label": 0}, {"text": "y", "label": 1}], **arguments)
+
+
+def test_rows_are_split_and_spread() -> None:
+    assert split(list(range(10)), 0.2) == (list(range(8)), [8, 9])
+    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
+    assert spread([1, 2], 4) == [1, 2]
+
+
+def test_settings_make_the_method() -> None:
+    assert isinstance(DEFAULTS.make_optimizer(), Adam)
+    momentum = TrainingSettings(optimizer="momentum").make_optimizer()
+    assert isinstance(momentum, SGD)
+    assert momentum.momentum == 0.9
+    assert TrainingSettings(schedule="constant").make_schedule()(399) == DEFAULTS.learning_rate
+    assert TrainingSettings(schedule="cosine").make_schedule()(399) < 1e-3 * DEFAULTS.learning_rate
+    assert TrainingSettings(estimator="forward-difference", probes=3).make_estimator().ask(lambda: 1).base

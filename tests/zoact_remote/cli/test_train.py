@@ -1,0 +1,94 @@
+"""``zoact train``: what it does to the adapter, what it writes and what it says."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.zoact_remote.cli.support import HELD_OUT, RECORDS, TASK, figures, read_json, results_of, run, run_json
+from zoact_remote import Client
+from zoact_remote.tasks import Task
+
+SHORT = ("--steps", "2", "--batch-size", "2")
+ROWS = TASK.rows(HELD_OUT)
+
+
+def test_train_writes_what_the_server_scores(data: str, name: str, client: Client) -> None:
+    options = ("--steps", "4", "--batch-size", "2", "--eval-every", "2", "--learning-rate", "0.05")
+    shown = run("train", data, "--adapter", name, *options).stdout
+    adapter, out = client.adapter(name), results_of(name)
+
+    made = read_json(out / "result.json")
+    assert (made["adapter"], made["version"], made["digest"]) == (name, 4, adapter.info.digest)
+    results = made["results"]
+    assert list(results) == ["zero_shot", "label_calibrated_zero_shot", "tuned"]
+    assert results["zero_shot"] == figures(adapter, ROWS, version=0)
+    assert results["tuned"] == figures(adapter, ROWS, version=4)
+    assert abs(results["tuned"]["loss"] - results["zero_shot"]["loss"]) > 1e-3, "training must matter for this test"
+    assert math.isfinite(results["label_calibrated_zero_shot"]["loss"])
+    for label, result in zip(("zero-shot", "label-calibrated zero-shot", "tuned"), results.values(), strict=True):
+        (line,) = (line for line in shown.splitlines() if line.strip().startswith(label))
+        assert f"{result['accuracy']:.1%}" in line
+        assert f"{result['loss']:.3f}" in line
+
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["version"]) for record in metrics] == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert all(math.isfinite(record["loss"]) for record in metrics)
+    halfway = metrics[1]["evaluation"]
+    assert {field: halfway[field] for field in results["tuned"]} == figures(adapter, ROWS, version=2)
+    newest = list(adapter.journal())[-1].update
+    assert {seed for seed, _ in newest.terms} == {seed for record in metrics for seed, _ in record["terms"]}
+    assert read_json(out / "task.json") == TASK.to_dict()
+    assert "</html>" in (out / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("server")
+def test_train_with_json_writes_json_alone(data: str, name: str) -> None:
+    result = run("train", data, "--adapter", name, *SHORT, "--out", "elsewhere", "--json")
+    assert json.loads(result.stdout) == read_json(Path("elsewhere/result.json"))
+    assert "taking the basis from 16 rows" in result.stderr
+
+
+def test_train_completions(data: str, name: str, client: Client) -> None:
+    arguments = ("--template", "{text}", "--completion", " {label}", *SHORT)
+    results = run_json("train", data, "--adapter", name, *arguments)["results"]
+    rows = Task("{text}", completion=" {label}").rows(HELD_OUT)
+    assert list(results) == ["zero_shot", "tuned"]
+    assert results["zero_shot"] == figures(client.adapter(name), rows, version=0)
+    assert results["zero_shot"]["accuracy"] is None
+
+
+def test_train_on_one_file_and_evaluate_on_another(data: str, name: str, client: Client) -> None:
+    Path("eval.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:6]))
+    made = run_json("train", data, "--adapter", name, *SHORT, "--eval", "eval.jsonl")
+    assert made["results"]["tuned"] == figures(client.adapter(name), TASK.rows(RECORDS[:6]), version=2)
+
+
+def test_train_without_evaluation(data: str, name: str, client: Client) -> None:
+    result = run("train", data, "--adapter", name, *SHORT, "--hold-out", "0")
+    assert f"{name} is at version 2" in result.stdout
+    assert client.adapter(name).info.version == 2
+    assert read_json(results_of(name) / "result.json")["results"] == {}
+
+
+def test_an_adapter_is_not_trained_twice_by_accident(data: str, name: str, client: Client) -> None:
+    train = ("train", data, "--adapter", name, *SHORT)
+    run(*train)
+    assert "--continue" in run(*train, code=1).stderr
+    assert client.adapter(name).info.version == 2
+    made = run_json(*train, "--continue")
+    assert made["version"] == 4
+    assert made["results"]["zero_shot"] == figures(client.adapter(name), ROWS, version=0)
+
+
+def test_a_run_that_fails_leaves_its_curves(data: str, name: str, client: Client) -> None:
+    # A step so long that the server refuses the update, which travels with the second step's losses.
+    far = ("--optimizer", "sgd", "--learning-rate", "1e9")
+    result = run("train", data, "--adapter", name, "--steps", "5", *far, code=1)
+    assert "error: update.terms: coefficients could come to" in result.stderr
+    out = results_of(name)
+    assert "1 step ·" in (out / "report.html").read_text()
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert not (out / "result.json").exists()
+    assert client.adapter(name).info.version == 0

@@ -1,0 +1,100 @@
+"""The command that starts vLLM with the extension."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import KEY
+from zoact_remote.cli.output import CommandFailed
+from zoact_remote.cli.vllm_command import lora_rank, vllm_command
+
+
+def command(*extra: str, **changes: Any) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """The flags with their values, and the variables, of a vLLM command."""
+    options: dict[str, Any] = {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "state": Path("state"),
+        "dtype": None,
+        "max_rank": 8,
+        "slots": 8,
+        "api_key": None,
+        "on_cpu": False,
+        "environment": {},
+        "plugins": (),
+    }
+    made = vllm_command("model", extra=extra, **options | changes)
+    assert made.arguments[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    flags: dict[str, list[str]] = {}
+    for argument in made.arguments[3:]:
+        if argument.startswith("--"):
+            assert argument not in flags
+            flags[argument] = []
+        else:
+            flags[list(flags)[-1]].append(argument)
+    return flags, made.environment
+
+
+def test_vllm_on_a_gpu() -> None:
+    flags, environment = command()
+    assert flags["--dtype"] == ["auto"]
+    assert flags["--max-lora-rank"] == ["16"]
+    assert (flags["--max-loras"], flags["--max-cpu-loras"]) == (["8"], ["16"])
+    assert flags["--worker-extension-cls"] == ["server_ext.worker.ZoActWorker"]
+    assert "lm_head" not in flags["--lora-target-modules"]
+    assert "--enforce-eager" not in flags
+    assert environment == {"VLLM_PLUGINS": "zoact", "ZOACT_STATE": str(Path("state").resolve())}
+
+
+def test_vllm_on_the_cpu() -> None:
+    flags, environment = command(on_cpu=True)
+    assert flags["--dtype"] == ["float32"]
+    assert flags["--max-lora-rank"] == ["8"]
+    assert "--enforce-eager" in flags
+    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "2"
+    assert "VLLM_CPU_KVCACHE_SPACE" not in command(on_cpu=True, environment={"VLLM_CPU_KVCACHE_SPACE": "8"})[1]
+
+
+def test_flags_of_the_user_win() -> None:
+    flags, _ = command("--dtype=bfloat16", "--max_loras", "3", "--no-enforce-eager", on_cpu=True)
+    assert "--dtype" not in flags
+    assert "--max-loras" not in flags
+    assert "--enforce-eager" not in flags
+    assert flags["--max-lora-rank"] == ["16"]
+    assert flags["--max-cpu-loras"] == ["6"]
+
+
+@pytest.mark.parametrize(
+    ("before", "plugins", "after"),
+    [
+        (None, (), "zoact"),
+        (None, ("other",), "other,zoact"),
+        ("a,b", ("other",), "a,b,zoact"),
+        ("a,zoact", (), "a,zoact"),
+        ("", ("other",), "zoact"),
+    ],
+)
+def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after: str) -> None:
+    environment = {} if before is None else {"VLLM_PLUGINS": before}
+    assert command(environment=environment, plugins=plugins)[1]["VLLM_PLUGINS"] == after
+
+
+def test_the_key_is_no_flag() -> None:
+    flags, environment = command(api_key=KEY)
+    assert KEY not in [value for values in flags.values() for value in values]
+    assert environment["VLLM_API_KEY"] == KEY
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtype", "slot"),
+    [(1, "float32", 1), (2, "float32", 8), (4, "auto", 8), (5, "auto", 16), (160, "half", 320)],
+)
+def test_lora_ranks(rank: int, dtype: str, slot: int) -> None:
+    assert lora_rank(rank, dtype) == slot
+
+
+def test_a_rank_too_large() -> None:
+    with pytest.raises(CommandFailed, match="at most 256"):
+        lora_rank(257, "auto")
