@@ -31,8 +31,8 @@ from zoact_remote.wire import Row
 
 TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
 FLAGS = ["--max-model-len", "2048"]
-SLOTS = ((8, 2), (8, 8), (8, 32), (64, 8))
-"""(largest rank, slots); a step is timed at the second."""
+SLOTS = ((8, 8), (8, 32), (64, 8))
+"""(largest rank, slots); a step is timed at the first."""
 STEPS, TIMED_STEPS, WARM_UP = 6, 24, 4
 WINDOW = 66
 BATCH = 16
@@ -54,7 +54,7 @@ def main() -> None:
             arguments = [model, "--engine", "vllm", "--max-rank", str(rank), "--slots", str(slots)]
             state = Path(directory) / f"{rank}-{slots}"
             with extended(arguments, state) as (client, process):
-                timed = (rank, slots) == SLOTS[1]
+                timed = (rank, slots) == SLOTS[0]
                 times = steps(client, rows, TIMED_STEPS if timed else STEPS)
                 print(f"| {rank} | {slots} | {memory(process):,.0f} | {memory(process) - plain:,.0f} |", flush=True)
             if timed:

@@ -163,11 +163,18 @@ class VllmEngine:
     async def generate(
         self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
     ) -> GeneratedText:
+        # Text is made here from all tokens, as the reference engine does: vLLM, which streams, holds back a character
+        # that is cut off at the end.
         parameters = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, seed=seed, output_kind=RequestOutputKind.FINAL_ONLY
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
         completion = (await self._request(tokens, parameters, self._lora(point))).outputs[0]
-        return GeneratedText(tuple(completion.token_ids), completion.text, completion.finish_reason == "stop")
+        text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        return GeneratedText(tuple(completion.token_ids), text, completion.finish_reason == "stop")
 
     async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
         prompt = TokensPrompt(prompt_token_ids=list(tokens))
