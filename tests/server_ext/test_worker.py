@@ -1,0 +1,77 @@
+"""Points as the LoRAs that vLLM's slots take."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from server_ext.basis import random_test_matrix
+from server_ext.store import AdapterStore, Point
+from zoact_remote import Update
+from zoact_remote.layout import Layout, Site
+from zoact_remote.replay import direction
+
+pytestmark = pytest.mark.vllm
+
+LAYOUT = Layout((Site(0, "a.q_proj", "a.q_proj", 24, 40), Site(1, "a.k_proj", "a.q_proj", 24, 16)), rank=4)
+VECTORS = random_test_matrix(24, 4, seed=0, number=0).astype(np.float32)
+UPDATE = Update(0, ((1, 0.06), (2, 0.0123)))
+SEED, EPSILON = 5, 2.0**-12
+
+
+def loras_at(dtype: torch.dtype, epsilon: float) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A and B by site, of an adapter after one update."""
+    from server_ext.worker import ZoActWorker
+
+    worker = ZoActWorker()
+    worker.zoact_dtype = dtype
+    worker.zoact_store = AdapterStore(torch.device("cpu"))
+    worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)}, None, 0)
+    digest = worker.zoact_store["key"].update(UPDATE)
+    loras = worker.zoact_lora(7, Point("key", 1, digest, SEED, epsilon)).loras
+    assert all(lora.scaling == 1 for lora in loras.values())
+    return {name: lora.lora_a for name, lora in loras.items()}, {name: lora.lora_b for name, lora in loras.items()}
+
+
+def coefficients() -> dict[str, torch.Tensor]:
+    store = AdapterStore(torch.device("cpu"))
+    store.put("key", LAYOUT, "rademacher", {}, None, 0)
+    store["key"].update(UPDATE)
+    return LAYOUT.matrices(store["key"].coefficients.flat)
+
+
+def noise() -> dict[str, torch.Tensor]:
+    return LAYOUT.matrices(torch.from_numpy(direction(LAYOUT, "rademacher", SEED)))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_in_float32_a_probe_is_one_matrix(sign: int) -> None:
+    lora_a, lora_b = loras_at(torch.float32, sign * EPSILON)
+    for name, matrix in coefficients().items():
+        assert torch.equal(lora_a[name], torch.from_numpy(VECTORS.T))
+        assert torch.equal(lora_b[name], matrix + sign * EPSILON * noise()[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_in_16_bits_a_probe_has_columns_of_its_own_and_does_not_round(dtype: torch.dtype, sign: int) -> None:
+    lora_a, lora_b = loras_at(dtype, sign * EPSILON)
+    for name, matrix in coefficients().items():
+        vectors = torch.from_numpy(VECTORS.T).to(dtype)
+        assert torch.equal(lora_a[name], torch.cat([vectors, vectors]))
+        assert torch.equal(lora_b[name][:, :4], matrix.to(dtype))
+        assert torch.equal(lora_b[name][:, 4:].float(), sign * EPSILON * noise()[name])
+    # In one matrix, a good part of the same probe would have been lost.
+    together = {name: (matrix + EPSILON * noise()[name]).to(dtype) for name, matrix in coefficients().items()}
+    if dtype == torch.bfloat16:
+        lost = [(together[n] - m.to(dtype)).float() - EPSILON * noise()[n] for n, m in coefficients().items()]
+        assert max(float(part.abs().max()) for part in lost) > EPSILON / 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_probe_there_are_the_coefficients_alone(dtype: torch.dtype) -> None:
+    lora_a, lora_b = loras_at(dtype, 0.0)
+    for name, matrix in coefficients().items():
+        assert lora_a[name].shape == (4, 24)
+        assert torch.equal(lora_b[name], matrix.to(dtype))
