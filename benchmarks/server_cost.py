@@ -31,9 +31,9 @@ from zoact_remote.wire import Row
 
 TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
 FLAGS = ["--max-model-len", "2048"]
-SLOTS = ((8, 8), (8, 32), (64, 8))
+SLOTS = ((8, 8), (64, 8))
 """(largest rank, slots); a step is timed at the first."""
-STEPS, TIMED_STEPS, WARM_UP = 6, 24, 4
+STEPS, TIMED_STEPS, WARM_UP = 3, 12, 3
 WINDOW = 66
 BATCH = 16
 MIB = 2**20
