@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -33,3 +34,18 @@ def create_app(engine: Engine, directory: Path, keys: Sequence[str] = ()) -> Fas
         """Answers as soon as every adapter is back at its last version."""
 
     return app
+
+
+def serve(model: str, host: str, port: int, directory: Path, dtype: str, keys: Sequence[str]) -> None:
+    """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end."""
+    # Imported here, as making an app needs neither.
+    import torch
+    import uvicorn
+
+    from server_ext.engines.transformers import TransformersEngine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"loading {model} on {device}", file=sys.stderr, flush=True)
+    uvicorn.run(
+        create_app(TransformersEngine(model, dtype=dtype, device=device), directory, keys), host=host, port=port
+    )

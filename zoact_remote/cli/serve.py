@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,13 +107,6 @@ def _shown(command: VllmCommand) -> str:
 
 
 def _run_transformers(model: str, host: str, port: int, state: Path, dtype: str | None, api_key: str | None) -> None:
-    import torch
-    import uvicorn
+    from server_ext.app import serve as serve_app
 
-    from server_ext.app import create_app
-    from server_ext.engines.transformers import TransformersEngine
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"loading {model} on {device}", file=sys.stderr, flush=True)
-    loaded = TransformersEngine(model, dtype=dtype or "float32", device=device)
-    uvicorn.run(create_app(loaded, state, [api_key] if api_key else []), host=host, port=port)
+    serve_app(model, host, port, state, dtype or "float32", [api_key] if api_key else [])
