@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -119,18 +119,24 @@ class VllmEngine:
         layout: Layout,
         distribution: Distribution,
         basis: dict[str, NDArray[np.float32]],
-        flat: NDArray[np.float32] | None,
-        version: int,
-    ) -> str:
+    ) -> None:
         tensors = save({name: torch.from_numpy(vectors) for name, vectors in basis.items()})
-        start = None if flat is None else save({"flat": torch.from_numpy(flat)})
-        return str(await self._call("zoact_put", key, _layout(layout), distribution, tensors, start, version))
+        await self._call("zoact_put", key, _layout(layout), distribution, tensors)
 
-    async def update(self, key: str, update: Update) -> str:
-        return str(await self._call("zoact_update", key, json.dumps(update.to_json())))
+    async def hold(
+        self,
+        key: str,
+        version: int,
+        base: int | NDArray[np.float32] | None,
+        update: Update | None,
+        keep: Collection[int],
+    ) -> str:
+        start = save({"flat": torch.from_numpy(base)}) if isinstance(base, np.ndarray) else base
+        content = None if update is None else json.dumps(update.to_json())
+        return str(await self._call("zoact_hold", key, version, start, content, list(keep)))
 
-    async def read(self, key: str) -> NDArray[np.float32]:
-        return load(await self._call("zoact_read", key))["flat"].numpy()
+    async def read(self, key: str, version: int) -> NDArray[np.float32]:
+        return load(await self._call("zoact_read", key, version))["flat"].numpy()
 
     async def drop(self, key: str) -> None:
         await self._call("zoact_drop", key)
