@@ -28,7 +28,7 @@ def largest_step(update: Update, distribution: Distribution) -> float:
 
 
 class Coefficients:
-    """C of every site at one version, float32, as one flat buffer on one device. Never changes: an update makes new ones.
+    """C of every site at one version, as one flat buffer on one device. Never changes: an update makes new ones.
 
     Attributes:
         noise: draws the adapter's perturbations on the same device.
@@ -49,7 +49,7 @@ class Coefficients:
         return self.noise.layout
 
     def after(self, update: Update) -> Coefficients:
-        """What an update makes of them, as ``zoact_remote.replay.apply_update`` defines it: bit for bit for Rademacher."""
+        """What an update makes of them, as ``zoact_remote.replay.apply_update`` does: bit for bit for Rademacher."""
         kept = self.flat * float32(1.0 - update.decay) if update.decay else self.flat.clone()
         if update.normaliser is None:
             return Coefficients(self.noise, self._add_terms(kept, update.terms))
@@ -57,7 +57,7 @@ class Coefficients:
         moment = torch.full_like(kept, update.normaliser.offset)
         for seed, scalar in update.normaliser.terms:
             moment += self.noise.draw(seed).square_().mul_(float32(scalar))
-        # Through float64, since some processors' float32 square root is not correctly rounded (MKL's vector library is not).
+        # Through float64, since not every float32 square root is correctly rounded: that of MKL's vectors is not.
         root = moment.double().sqrt_().float()
         flat = close_gaps(kept + step / (root + float32(update.normaliser.epsilon)), self.layout)
         return Coefficients(self.noise, flat)

@@ -56,9 +56,7 @@ class AdapterState:
         """Where the adapter acts."""
         return self.noise.layout
 
-    def hold(
-        self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]
-    ) -> str:
+    def hold(self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]) -> str:
         """Takes in a version, lets go of all others but those to keep, and returns its coefficients' digest.
 
         Args:

@@ -93,9 +93,7 @@ class ZoActWorker:
         """Takes in an adapter."""
         self.zoact_store.put(key, self._zoact_layout(layout), distribution, load(basis))
 
-    def zoact_hold(
-        self, key: str, version: int, base: int | bytes | None, update: str | None, keep: list[int]
-    ) -> str:
+    def zoact_hold(self, key: str, version: int, base: int | bytes | None, update: str | None, keep: list[int]) -> str:
         """Takes in a version, as ``Engine.hold`` says."""
         start = load(base)["flat"] if isinstance(base, bytes) else base
         content = None if update is None else Update.from_json(json.loads(update))

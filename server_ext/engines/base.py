@@ -70,6 +70,8 @@ class Engine(Protocol):
     model: Model
     sites: tuple[Site, ...]
     max_rank: int
+    tokens_at_once: int
+    """Tokens that keep it busy; more of them only wait inside it, where nobody can go before them."""
 
     @property
     def name(self) -> Literal["vllm", "transformers"]:
@@ -141,8 +143,8 @@ class Engine(Protocol):
         """Forgets an adapter."""
         ...
 
-    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
-        """Scores every context at every point, None being the model itself; by point, then by context."""
+    async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        """Scores every context at a point, None being the model itself."""
         ...
 
     async def generate(

@@ -40,6 +40,7 @@ class TransformersEngine:
 
     name: Literal["transformers"] = "transformers"
     version = transformers.__version__
+    tokens_at_once = 8 * TOKENS_PER_BATCH
 
     def __init__(
         self,
@@ -108,9 +109,8 @@ class TransformersEngine:
     async def drop(self, key: str) -> None:
         await self._run(self._store.drop, key)
 
-    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
-        # One call a point, so that another tenant's point may run between two of this one's.
-        return [await self._run(self._score, point, contexts) for point in points]
+    async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        return await self._run(self._score, point, contexts)
 
     async def generate(
         self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
