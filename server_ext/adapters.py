@@ -1,35 +1,37 @@
-"""Adapters while the server runs, and their versions other than the newest."""
+"""Adapters while the server runs, and which of their versions are in use."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from server_ext import schemas
-from server_ext.engines.base import Engine
 from server_ext.journal import AdapterRow
-from server_ext.locks import ReadWriteLock
 from server_ext.store import Point
 from zoact_remote.layout import Layout
 
-OLD_VERSIONS_KEPT = 4
-"""Versions other than adapters' newest that the engine holds beyond those in use."""
+OLD_VERSIONS_KEPT = 2
+"""Past versions of an adapter that the engine goes on to hold after they were last used."""
 
 
 class Adapter:
     """An adapter's row in the journal, and what follows from it.
+
+    Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is.
 
     Attributes:
         row: as journalled.
         layout: where it acts.
         version: the newest one.
         digest: of the newest coefficients; None before calibration.
-        largest: no coefficient is larger; infinite where that is not known.
-        lock: held for reading while the adapter is in use, for writing while it changes.
+        digests: of the versions that the engine holds.
+        largest: no coefficient of the newest version is larger; infinite where that is not known.
+        lock: held by whoever changes the adapter, or what the engine holds of it.
         deleted: set once it is gone, for those who waited for the lock.
+        failure: why it could not be restored; None if it was.
 
     """
 
@@ -37,16 +39,49 @@ class Adapter:
         self.row = row
         self.layout = layout
         self.version = 0
-        self.digest: str | None = None
+        self.digests: dict[int, str] = {}
         self.largest = math.inf
-        self.lock = ReadWriteLock()
+        self.lock = asyncio.Lock()
         self.deleted = False
+        self.failure: str | None = None
+        self._pins: Counter[int] = Counter()
+        self._lately: deque[int] = deque(maxlen=OLD_VERSIONS_KEPT)
 
     @property
-    def newest(self) -> Point:
-        """The newest coefficients of a calibrated adapter."""
-        assert self.digest is not None
-        return Point(self.row.key, self.version, self.digest)
+    def digest(self) -> str | None:
+        """Of the newest coefficients; None before calibration."""
+        return self.digests.get(self.version)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether any version is pinned."""
+        return bool(self._pins)
+
+    def point(self, version: int) -> Point:
+        """A version that the engine holds."""
+        return Point(self.row.key, version, self.digests[version])
+
+    @contextmanager
+    def pinned(self, version: int) -> Iterator[None]:
+        """Keeps a version in the engine."""
+        self._pins[version] += 1
+        try:
+            yield
+        finally:
+            self._pins[version] -= 1
+            if not self._pins[version]:
+                del self._pins[version]
+            if version != self.version and version in self.digests and version not in self._lately:
+                self._lately.append(version)
+
+    def needed(self) -> set[int]:
+        """Versions that the engine must go on to hold."""
+        return {self.version, *self._pins, *self._lately}
+
+    def held(self, version: int, digest: str) -> None:
+        """Notes that the engine has taken a version in, and let go of those that were not needed."""
+        kept = {version, *self.needed()}
+        self.digests = {v: d for v, d in self.digests.items() if v in kept} | {version: digest}
 
     def info(self) -> schemas.AdapterInfo:
         return schemas.AdapterInfo(
@@ -59,50 +94,5 @@ class Adapter:
             basis=self.row.basis,
             digest=self.digest,
             created=self.row.created,
-            state="new" if self.digest is None else "ready",
+            state="failed" if self.failure else "new" if self.row.basis.digest is None else "ready",
         )
-
-
-@dataclass
-class _Held:
-    point: Point
-    users: int = 0
-
-
-class OldVersions:
-    """Brings past versions into the engine, each under a key of its own, and lets the longest unused go."""
-
-    def __init__(self, engine: Engine, put: Callable[[str, Adapter, int], Awaitable[str]]) -> None:
-        """``put(key, adapter, version)`` rebuilds a version in the engine under a key and returns its digest."""
-        self._engine = engine
-        self._put = put
-        self._held: dict[str, _Held] = {}
-        self._lock = asyncio.Lock()
-
-    @asynccontextmanager
-    async def hold(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
-        """The point of a version, in the engine for as long as the context lasts."""
-        key = f"{adapter.row.key}-{version}"
-        async with self._lock:
-            held = self._held.pop(key, None) or _Held(Point(key, version, await self._put(key, adapter, version)))
-            self._held[key] = held
-            held.users += 1
-        try:
-            yield held.point
-        finally:
-            held.users -= 1
-            async with self._lock:
-                unused = [key for key, held in self._held.items() if not held.users]
-                await self._forget(
-                    unused[: len(self._held) - OLD_VERSIONS_KEPT] if len(self._held) > OLD_VERSIONS_KEPT else []
-                )
-
-    async def forget(self, adapter: Adapter) -> None:
-        """Lets all of an adapter's past versions go. Nobody may be using them."""
-        async with self._lock:
-            await self._forget([key for key in self._held if key.startswith(f"{adapter.row.key}-")])
-
-    async def _forget(self, keys: list[str]) -> None:
-        for key in keys:
-            del self._held[key]
-            await self._engine.drop(key)

@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from fastapi import FastAPI
 
 from server_ext.engines.base import Engine
-from server_ext.routes import KeyCheck, router
+from server_ext.gate import Gate
+from server_ext.routes import health, router
 from server_ext.service import Service
+from server_ext.tenants import open_tenants
 
 
-def create_app(engine: Engine, directory: Path, keys: Sequence[str] = ()) -> FastAPI:
-    """A FastAPI app that serves ``/zoact/v1`` and ``/health``, with its state in a directory."""
+def create_app(engine: Engine, directory: Path) -> FastAPI:
+    """A FastAPI app that serves ``/zoact/v1`` and ``/health``, with its state in a directory.
+
+    Keys are those that the environment names (:func:`server_ext.tenants.open_tenants`).
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        service = Service(engine, directory)
-        await service.registry.restore()
-        app.state.zoact = service
+        gate = Gate(Service(engine, directory), open_tenants(directory))
+        app.state.zoact = gate
+        # The server listens meanwhile, and says that it is not ready.
+        restoring = asyncio.create_task(gate.restore())
         yield
-        await service.registry.close()
+        await restoring
+        await gate.drain()
 
     app = FastAPI(title="ZO-Act", lifespan=lifespan)
-    app.state.zoact_keys = KeyCheck(keys)
     app.include_router(router)
+    app.include_router(health)
 
     @app.get("/health")
-    async def health() -> None:
-        """Answers as soon as every adapter is back at its last version."""
+    async def alive() -> None:
+        """Answers as long as the process does, as vLLM's does."""
 
     return app
 
 
-def serve(model: str, host: str, port: int, directory: Path, dtype: str, keys: Sequence[str]) -> None:
+def serve(model: str, host: str, port: int, directory: Path, dtype: str) -> None:
     """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end."""
     # Imported here, as making an app needs neither.
     import torch
@@ -46,6 +54,6 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str, keys: S
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(f"loading {model} on {device}", file=sys.stderr, flush=True)
-    uvicorn.run(
-        create_app(TransformersEngine(model, dtype=dtype, device=device), directory, keys), host=host, port=port
-    )
+    engine = TransformersEngine(model, dtype=dtype, device=device)
+    # The server's own log has a line a call.
+    uvicorn.run(create_app(engine, directory), host=host, port=port, access_log=False)

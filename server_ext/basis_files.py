@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
+from server_ext.files import write_atomically
+
 
 def write(path: Path, basis: dict[str, NDArray[np.float32]]) -> None:
-    """Writes a basis (float32 ``[d, rank]`` by input) so that after a crash the file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    with temporary.open("wb") as file:
-        file.write(save({name: np.ascontiguousarray(vectors) for name, vectors in basis.items()}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    """Writes a basis: float32 ``[in_features, rank]`` by input."""
+    write_atomically(path, save({name: np.ascontiguousarray(vectors) for name, vectors in basis.items()}))
 
 
 def read(path: Path) -> dict[str, NDArray[np.float32]]:

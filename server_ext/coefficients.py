@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from server_ext.noise import Noise, WordCache, close_gaps, float32
+from server_ext.noise import Noise, close_gaps, float32
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
@@ -28,43 +28,43 @@ def largest_step(update: Update, distribution: Distribution) -> float:
 
 
 class Coefficients:
-    """C of every site, float32, as one flat buffer on one device.
+    """C of every site at one version, as one flat buffer on one device. Never changes: an update makes new ones.
 
     Attributes:
-        flat: float32 ``[layout.size]``, gaps zero. Never changed in place: an update replaces it, so that a reader of
-            the version before keeps what it read.
+        noise: draws the adapter's perturbations on the same device.
+        flat: float32 ``[layout.size]``, gaps zero.
 
     """
 
-    def __init__(
-        self,
-        layout: Layout,
-        distribution: Distribution,
-        device: torch.device | str = "cpu",
-        flat: torch.Tensor | None = None,
-        cache: WordCache | None = None,
-    ) -> None:
-        self.layout = layout
-        self.noise = Noise(layout, distribution, device, cache)
-        self.flat = torch.zeros(layout.size, device=device) if flat is None else flat.to(device, torch.float32)
-        if self.flat.shape != (layout.size,):
-            raise ValueError(f"coefficients must have shape [{layout.size}], got {list(self.flat.shape)}")
+    def __init__(self, noise: Noise, flat: torch.Tensor | None = None) -> None:
+        size, device = noise.layout.size, noise.device
+        self.noise = noise
+        self.flat = torch.zeros(size, device=device) if flat is None else flat.to(device, torch.float32)
+        if self.flat.shape != (size,):
+            raise ValueError(f"coefficients must have shape [{size}], got {list(self.flat.shape)}")
 
-    def apply(self, update: Update) -> None:
-        """Applies an update as ``zoact_remote.replay.apply_update`` defines it: bit for bit for Rademacher noise."""
+    @property
+    def layout(self) -> Layout:
+        """Where the sites lie in the buffer."""
+        return self.noise.layout
+
+    def after(self, update: Update) -> Coefficients:
+        """What an update makes of them, as ``zoact_remote.replay.apply_update`` does: bit for bit for Rademacher."""
         kept = self.flat * float32(1.0 - update.decay) if update.decay else self.flat.clone()
         if update.normaliser is None:
-            self.flat = self._add_terms(kept, update.terms)
-            return
+            return Coefficients(self.noise, self._add_terms(kept, update.terms))
         step = self._add_terms(torch.zeros_like(kept), update.terms)
         moment = torch.full_like(kept, update.normaliser.offset)
         for seed, scalar in update.normaliser.terms:
             moment += self.noise.draw(seed).square_().mul_(float32(scalar))
-        self.flat = close_gaps(kept + step / (moment.sqrt_() + float32(update.normaliser.epsilon)), self.layout)
+        # Through float64, since not every float32 square root is correctly rounded: that of MKL's vectors is not.
+        root = moment.double().sqrt_().float()
+        flat = close_gaps(kept + step / (root + float32(update.normaliser.epsilon)), self.layout)
+        return Coefficients(self.noise, flat)
 
-    def perturbation(self, seed: int, epsilon: float) -> torch.Tensor:
-        """``epsilon Z(seed)``, the sign in epsilon: float32 ``[layout.size]``."""
-        return self.noise.draw(seed, epsilon)
+    def at(self, seed: int, epsilon: float) -> torch.Tensor:
+        """``C + epsilon Z(seed)``, the sign in epsilon: float32 ``[layout.size]``."""
+        return self.flat + self.noise.draw(seed, epsilon) if epsilon else self.flat
 
     def digest(self) -> str:
         """``zoact_remote.digest.coefficients_digest`` of the buffer, computed on its device."""

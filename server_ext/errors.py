@@ -12,16 +12,27 @@ class ApiError(Exception):
         status: HTTP status code.
         code: a short word that programs can match.
         param: path of the field at fault, such as ``rows[3].prompt``.
+        retry_after: seconds after which the call may be sent again; None if that would not help.
         extra: further members of the error object.
 
     """
 
-    def __init__(self, status: int, code: str, message: str, param: str | None = None, **extra: Any) -> None:
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        param: str | None = None,
+        *,
+        retry_after: int | None = None,
+        **extra: Any,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.param = param
+        self.retry_after = retry_after
         self.extra = extra
 
     def body(self, request_id: str) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The journal: the only truth about adapters. Coefficients anywhere else are a cache of it.
 
-SQLite in WAL mode with ``synchronous=FULL``: a row has reached the disk when ``append`` returns, and an update is
-appended before it is applied and before it is acknowledged. A row is the idempotency record too. The digest of the
-coefficients after an update is written beside the row once the engine has answered; a row that has none yet was cut off
+SQLite in WAL mode with ``synchronous=FULL``: an entry has reached the disk when ``append`` returns, and a change is
+appended before it is applied and before it is acknowledged. An entry is the idempotency record too. The digest of the
+coefficients after a change is written beside it once the engine has answered; an entry that has none yet was cut off
 between the two, and the next replay fills it in.
 """
 
@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TypeAlias
 
 from server_ext.schemas import BasisInfo
-from zoact_remote.noise import Distribution
+from zoact_remote.noise import NOISE_VERSION, Distribution
 from zoact_remote.wire import Update
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = """
 CREATE TABLE adapters (
     key TEXT PRIMARY KEY,
     name TEXT NOT NULL UNIQUE,
+    model_digest TEXT NOT NULL,
     rank INTEGER NOT NULL,
     sites TEXT NOT NULL,
     distribution TEXT NOT NULL,
@@ -32,17 +34,21 @@ CREATE TABLE adapters (
     basis TEXT NOT NULL,
     created TEXT NOT NULL
 ) STRICT;
-CREATE TABLE updates (
+CREATE TABLE entries (
     adapter TEXT NOT NULL REFERENCES adapters(key) ON DELETE CASCADE,
     version INTEGER NOT NULL,
-    content TEXT NOT NULL,
+    change TEXT NOT NULL,
+    noise_version INTEGER NOT NULL,
     idempotency_key TEXT,
+    digest_before TEXT NOT NULL,
     digest TEXT,
     time TEXT NOT NULL,
     PRIMARY KEY (adapter, version),
     UNIQUE (adapter, idempotency_key)
 ) STRICT;
 """
+
+ENTRY_COLUMNS = "version, change, noise_version, idempotency_key, digest_before, digest, time"
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class AdapterRow:
 
     key: str
     name: str
+    model_digest: str
     rank: int
     sites: tuple[str, ...]
     distribution: Distribution
@@ -60,19 +67,42 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
-class UpdateRow:
-    """An update that is part of an adapter's history.
+class Rollback:
+    """A new version whose coefficients are those of an earlier one.
+
+    Attributes:
+        base_version: the version that it follows.
+        to_version: the version whose coefficients come back.
+        key: idempotency key.
+
+    """
+
+    base_version: int
+    to_version: int
+    key: str | None = None
+
+
+Change: TypeAlias = Update | Rollback
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A change that is part of an adapter's history.
 
     Attributes:
         version: the version that it led to.
-        update: its content.
+        change: its content.
+        noise_version: version of the noise specification that its seeds are read by.
+        digest_before: of the coefficients that it was made for.
         digest: of the coefficients after it; None until the engine has applied it.
         time: when it was written.
 
     """
 
     version: int
-    update: Update
+    change: Change
+    noise_version: int
+    digest_before: str
     digest: str | None
     time: datetime
 
@@ -103,6 +133,7 @@ class Journal:
         row = (
             adapter.key,
             adapter.name,
+            adapter.model_digest,
             adapter.rank,
             json.dumps(adapter.sites),
             adapter.distribution,
@@ -111,7 +142,7 @@ class Journal:
             adapter.created.isoformat(),
         )
         try:
-            self._db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.IntegrityError:
             raise KeyError(adapter.name) from None
 
@@ -126,72 +157,108 @@ class Journal:
     def adapters(self) -> list[AdapterRow]:
         """All adapters, oldest first."""
         rows = self._db.execute(
-            "SELECT key, name, rank, sites, distribution, noise_version, basis, created FROM adapters ORDER BY rowid"
+            "SELECT key, name, model_digest, rank, sites, distribution, noise_version, basis, created FROM adapters "
+            "ORDER BY rowid"
         )
         return [
             AdapterRow(
-                key, name, rank, tuple(json.loads(sites)), distribution, noise_version,
+                key, name, model, rank, tuple(json.loads(sites)), distribution, noise_version,
                 BasisInfo.model_validate_json(basis), datetime.fromisoformat(created),
             )
-            for key, name, rank, sites, distribution, noise_version, basis, created in rows
+            for key, name, model, rank, sites, distribution, noise_version, basis, created in rows
         ]  # fmt: skip
 
-    def append(self, adapter: str, update: Update) -> int:
-        """Writes an update to disk and returns the version that it leads to.
+    def append(self, adapter: str, change: Change, digest_before: str) -> int:
+        """Writes a change to disk and returns the version that it leads to.
 
         Raises:
-            ValueError: the update does not follow the newest version.
+            ValueError: the change does not follow the newest version.
 
         """
-        content = json.dumps(replace(update, key=None).to_json())
         with self._transaction():
             newest = self.newest(adapter)
-            if update.base_version != newest:
-                raise ValueError(f"update of version {update.base_version} cannot follow version {newest}")
+            if change.base_version != newest:
+                raise ValueError(f"a change of version {change.base_version} cannot follow version {newest}")
+            now = datetime.now(timezone.utc).isoformat()
             self._db.execute(
-                "INSERT INTO updates (adapter, version, content, idempotency_key, time) VALUES (?, ?, ?, ?, ?)",
-                (adapter, newest + 1, content, update.key, datetime.now(timezone.utc).isoformat()),
+                f"INSERT INTO entries (adapter, {ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, NULL, ?)",
+                (adapter, newest + 1, _dump(change), NOISE_VERSION, change.key, digest_before, now),
             )
         return newest + 1
 
     def set_digest(self, adapter: str, version: int, digest: str) -> None:
-        """Records the digest of the coefficients after an update."""
-        self._db.execute("UPDATE updates SET digest = ? WHERE adapter = ? AND version = ?", (digest, adapter, version))
+        """Records the digest of the coefficients after a change."""
+        self._db.execute("UPDATE entries SET digest = ? WHERE adapter = ? AND version = ?", (digest, adapter, version))
 
     def newest(self, adapter: str) -> int:
         """The newest version, 0 for none."""
-        query = "SELECT coalesce(max(version), 0) FROM updates WHERE adapter = ?"
+        query = "SELECT coalesce(max(version), 0) FROM entries WHERE adapter = ?"
         return int(self._db.execute(query, (adapter,)).fetchone()[0])
 
-    def updates(self, adapter: str, after: int = 0, until: int | None = None, limit: int = -1) -> list[UpdateRow]:
-        """Updates with ``after < version <= until``, in order."""
+    def entries(self, adapter: str, after: int = 0, until: int | None = None, limit: int = -1) -> list[Entry]:
+        """Entries with ``after < version <= until``, in order."""
         query = (
-            "SELECT version, content, idempotency_key, digest, time FROM updates "
+            f"SELECT {ENTRY_COLUMNS} FROM entries "
             "WHERE adapter = ? AND version > ? AND version <= ? ORDER BY version LIMIT ?"
         )
         bounds = (adapter, after, 2**62 if until is None else until, limit)
-        return [self._update_row(*row) for row in self._db.execute(query, bounds)]
+        return [_entry(*row) for row in self._db.execute(query, bounds)]
 
-    def find(self, adapter: str, idempotency_key: str) -> UpdateRow | None:
-        """The update that was written under a key."""
-        query = (
-            "SELECT version, content, idempotency_key, digest, time FROM updates "
-            "WHERE adapter = ? AND idempotency_key = ?"
-        )
+    def find(self, adapter: str, idempotency_key: str) -> Entry | None:
+        """The entry that was written under a key."""
+        query = f"SELECT {ENTRY_COLUMNS} FROM entries WHERE adapter = ? AND idempotency_key = ?"
         row = self._db.execute(query, (adapter, idempotency_key)).fetchone()
-        return self._update_row(*row) if row else None
+        return _entry(*row) if row else None
 
-    @staticmethod
-    def _update_row(version: int, content: str, key: str | None, digest: str | None, time: str) -> UpdateRow:
-        update = replace(Update.from_json(json.loads(content)), key=key)
-        return UpdateRow(version, update, digest, datetime.fromisoformat(time))
+    def path(self, adapter: str, version: int, known: Collection[int]) -> tuple[int, list[Entry]]:
+        """How to come by a version from known ones.
+
+        Args:
+            adapter: key of the adapter.
+            version: an existing one.
+            known: versions whose coefficients are at hand; those of version 0 always are.
+
+        Returns:
+            The known version to start from, and the entries from there on. Only the last of them can be a rollback:
+            what came before one makes no difference to what comes after it.
+
+        """
+        entries: list[Entry] = []
+        while version and version not in known:
+            (entry,) = self.entries(adapter, version - 1, version)
+            if isinstance(entry.change, Rollback):
+                # Those after it start from what it brought back.
+                version = entry.change.to_version
+                if not entries:
+                    entries.append(entry)
+            else:
+                entries.append(entry)
+                version -= 1
+        return version, entries[::-1]
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            # A commit that fails, for a full disk say, leaves the transaction open.
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
+
+
+def _dump(change: Change) -> str:
+    """A change as JSON, without its key, which has a column of its own."""
+    if isinstance(change, Rollback):
+        return json.dumps({"base_version": change.base_version, "to_version": change.to_version})
+    return json.dumps(replace(change, key=None).to_json())
+
+
+def _entry(
+    version: int, change: str, noise_version: int, key: str | None, before: str, digest: str | None, time: str
+) -> Entry:
+    data = json.loads(change)
+    read = Rollback(**data) if "to_version" in data else Update.from_json(data)
+    return Entry(version, replace(read, key=key), noise_version, before, digest, datetime.fromisoformat(time))

@@ -9,6 +9,7 @@ import structlog
 log = structlog.wrap_logger(
     structlog.PrintLogger(sys.stderr),
     processors=[
+        structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         # Plain tracebacks: those that show local variables would show prompts.

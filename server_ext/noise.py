@@ -56,6 +56,7 @@ class Noise:
     ) -> None:
         self.layout = layout
         self.distribution = distribution
+        self.device = torch.device(device)
         self._cache = cache or WordCache(limit=0)
         lanes = LANES[distribution]
         blocks = [torch.arange(layout.padded(site) // lanes, device=device) for site in layout.sites]

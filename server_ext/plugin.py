@@ -4,19 +4,25 @@ vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
 
     --enable-lora --worker-extension-cls server_ext.worker.ZoActWorker --lora-target-modules q_proj ...
 
-``zoact serve`` sets all of this. The environment may set ``ZOACT_STATE``, the directory of the journal.
+``zoact serve`` sets all of this. The environment may set ``ZOACT_STATE``, the directory of the journal, and the keys
+that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from server_ext.routes import KeyCheck, router
+from server_ext.gate import Gate
+from server_ext.routes import health, router
+from server_ext.service import Service
+from server_ext.tenants import open_tenants
 
 WORKER_EXTENSION = "server_ext.worker.ZoActWorker"
 STATE_VARIABLE = "ZOACT_STATE"
@@ -32,24 +38,46 @@ class ZoActPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes."""
         app.include_router(router)
+        app.include_router(health)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
-        """Attaches to the engine and brings every adapter back, before the server answers.
+        """Attaches to the engine and begins to bring every adapter back; calls are refused until that is done.
 
         Raises:
-            ValueError: vLLM was started without a setting that is needed; the message names the flag.
+            ValueError: vLLM was started without a setting that is needed, the state is another model's or in use, or
+                the keys file cannot be read; the message says which.
 
         """
         # Imported here: the module needs vLLM, and this one must load without.
         from server_ext.engines.vllm import VllmEngine
-        from server_ext.service import Service
 
         check_settings(engine_client.vllm_config, args)
-        state.zoact_keys = KeyCheck([key for key in (args.api_key or [os.environ.get("VLLM_API_KEY")]) if key])
+        directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
         engine = await VllmEngine.attach(engine_client)
-        service = Service(engine, Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE)))
-        await service.registry.restore()
-        state.zoact = service
+        keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
+        gate = Gate(Service(engine, directory), open_tenants(directory, [key for key in keys if key]))
+        state.zoact = gate
+        self._restoring = asyncio.create_task(gate.restore())
+        drain_first(engine_client, gate)
+
+
+def drain_first(engine_client: Any, gate: Gate) -> None:
+    """Sees to it that calls end, and adapters are on disk, before vLLM stops its engine.
+
+    vLLM tells nobody that it is about to stop: upon a signal it stops the engine client, on a thread beside the event
+    loop, and then the web server. So this client's ``shutdown`` drains first.
+    """
+    loop = asyncio.get_running_loop()
+    stop = engine_client.shutdown
+
+    def shutdown(*args: Any, **options: Any) -> Any:
+        # On the loop's own thread, where vLLM cleans up at last, there is no waiting for the loop.
+        if loop.is_running() and threading.get_ident() != owner:
+            asyncio.run_coroutine_threadsafe(gate.drain(), loop).result()
+        return stop(*args, **options)
+
+    owner = threading.get_ident()
+    engine_client.shutdown = shutdown
 
 
 def check_settings(config: Any, args: Namespace) -> None:

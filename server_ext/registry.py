@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import math
+import os
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,57 +19,72 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server_ext import basis_files, schemas
-from server_ext.adapters import Adapter, OldVersions
-from server_ext.coefficients import LARGEST_COEFFICIENT, Coefficients, largest_step
+from server_ext.adapters import Adapter
+from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid
-from server_ext.journal import AdapterRow, Journal, UpdateRow
-from server_ext.locks import WriteHold
+from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
+from server_ext.logs import log
+from server_ext.snapshots import Snapshots
 from server_ext.store import Point, basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Update
 
 T = TypeVar("T")
 
+SNAPSHOT_EVERY = 32
+"""Changes from one snapshot to the next."""
+STORAGE_RETRY_S = 5
+
 
 class Registry:
-    """All adapters of one engine, with their journal and bases in one directory.
+    """All adapters of one engine, with journal, bases and snapshots in one directory that is theirs alone.
 
-    What changes an adapter takes it as held for writing, and what reads it as held for reading: see ``writing`` and
-    ``reading``.
+    Raises:
+        ValueError: another server uses the directory, or what is in it is of another model.
+
     """
 
-    def __init__(self, engine: Engine, directory: Path) -> None:
+    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._engine = engine
         self._directory = directory
-        self._journal = Journal(directory / "journal.sqlite")
+        self._snapshots = Snapshots(directory / "snapshots", snapshot_every)
         # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
         self._disk = ThreadPoolExecutor(1, "zoact-disk")
-        self._adapters: dict[str, Adapter] = {}
-        self._old_versions = OldVersions(engine, self._put_old_version)
+        self._snapshot_tasks: set[asyncio.Task[None]] = set()
+        with ExitStack() as undo:
+            self._directory_lock = _lock(directory)
+            undo.callback(os.close, self._directory_lock)
+            self._journal = Journal(directory / "journal.sqlite")
+            undo.callback(self._journal.close)
+            self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+            undo.pop_all()
 
     async def restore(self) -> None:
-        """Brings every adapter of the journal back at its last version.
-
-        Raises:
-            ValueError: the journal belongs to another model, or what is on disk is damaged.
-
-        """
-        for row in await self._on_disk(self._journal.adapters):
+        """Brings every adapter back at its last version. One that is damaged is marked so, and the others serve."""
+        for adapter in self.all():
+            if adapter.row.basis.digest is None:
+                continue
             try:
-                layout = Layout(select_sites(self._engine.sites, row.sites), row.rank)
-            except ValueError as error:
-                raise ValueError(f"adapter {row.name} in {self._directory} is not of this model: {error}") from None
-            adapter = self._adapters[row.name] = Adapter(row, layout)
-            if row.basis.digest is not None:
-                await self._load(adapter)
+                async with adapter.lock:
+                    await self._load(adapter)
+            except Exception as error:
+                adapter.failure = str(error)
+                log.exception("adapter not restored", adapter=adapter.row.name)
 
     async def close(self) -> None:
+        """Writes a snapshot of what has changed since its last one, so that the next start has nothing to replay."""
+        await asyncio.gather(*self._snapshot_tasks)
+        for adapter in self.all():
+            if adapter.digest is not None and adapter.version not in self._snapshots.versions(adapter.row.key):
+                self._start_snapshot(adapter)
+                await asyncio.gather(*self._snapshot_tasks)
         await self._on_disk(self._journal.close)
         self._disk.shutdown()
+        os.close(self._directory_lock)
 
-    # Finding and holding adapters -------------------------------------------------------------------------------------
+    # Finding adapters -------------------------------------------------------------------------------------------------
 
     def all(self) -> list[Adapter]:
         """Every adapter, oldest first."""
@@ -80,29 +98,23 @@ class Registry:
             raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "adapter") from None
 
     def calibrated(self, name: str) -> Adapter:
-        """As ``adapter``; raises ApiError (409) too if it has no basis yet."""
+        """As ``adapter``; raises ApiError too if it has no basis yet (409), or could not be restored (503)."""
         adapter = self.adapter(name)
+        if adapter.failure is not None:
+            raise ApiError(
+                503, "adapter_failed", f"{name!r} could not be restored; the server's log says why", "adapter"
+            )
         if adapter.digest is None:
             raise ApiError(409, "basis_missing", f"{name!r} has no basis yet: POST rows to its /basis first", "adapter")
         return adapter
 
     @asynccontextmanager
-    async def reading(self, name: str) -> AsyncIterator[Adapter]:
-        """A calibrated adapter that does not change meanwhile."""
-        adapter = self.calibrated(name)
-        async with adapter.lock.read():
-            if adapter.deleted:
-                self.adapter(name)
-            yield adapter
-
-    @asynccontextmanager
-    async def writing(self, name: str) -> AsyncIterator[tuple[Adapter, WriteHold]]:
-        """An adapter that nobody else reads or changes meanwhile."""
+    async def changing(self, name: str) -> AsyncIterator[Adapter]:
+        """An adapter that nobody else changes meanwhile."""
         adapter = self.adapter(name)
-        async with adapter.lock.write() as hold:
-            if adapter.deleted:
-                self.adapter(name)
-            yield adapter, hold
+        async with adapter.lock:
+            self._check_there(adapter)
+            yield adapter
 
     # Changing adapters ------------------------------------------------------------------------------------------------
 
@@ -120,9 +132,9 @@ class Registry:
         await self._on_disk(self._journal.remove_adapter, adapter.row.key)
         adapter.deleted = True
         del self._adapters[adapter.row.name]
-        await self._old_versions.forget(adapter)
-        await self._engine.drop(adapter.row.key)
+        await self._drop_if_unused(adapter)
         await self._on_disk(self._basis_path(adapter).unlink, True)
+        await self._on_disk(self._snapshots.remove, adapter.row.key)
 
     async def set_basis(
         self, adapter: Adapter, vectors: dict[str, NDArray[np.float32]], energy: dict[str, float], positions_seen: int
@@ -137,68 +149,63 @@ class Registry:
         await self._load(adapter)
         return digest
 
-    async def _load(self, adapter: Adapter) -> None:
-        """Puts an adapter into the engine as its journal says."""
-        key = adapter.row.key
-        basis = await self.basis(adapter)
-        if basis_digest(basis) != adapter.row.basis.digest:
-            raise ValueError(f"the basis file of {adapter.row.name} is damaged: {self._basis_path(adapter)}")
-        adapter.digest = await self._engine.put(key, adapter.layout, adapter.row.distribution, basis, None, 0)
-        adapter.version, adapter.largest = 0, math.inf
-        for row in await self._on_disk(self._journal.updates, key):
-            adapter.digest = await self._engine.update(key, row.update)
-            adapter.version = row.version
-            if row.digest is None:
-                await self._on_disk(self._journal.set_digest, key, row.version, adapter.digest)
-            elif row.digest != adapter.digest and adapter.row.distribution == "rademacher":
-                raise ValueError(
-                    f"version {row.version} of {adapter.row.name} replays to other coefficients than were acknowledged"
-                )
-
-    async def apply(self, adapter: Adapter, update: Update, path: str = "") -> schemas.UpdateResult:
-        """Journals an update, then applies it.
+    async def change(self, adapter: Adapter, change: Change, path: str = "") -> schemas.UpdateResult:
+        """Applies an update or a rollback to an adapter that is held for changing.
 
         Args:
-            adapter: held for writing.
-            update: the update.
-            path: where the call has it, for errors.
+            adapter: a calibrated one.
+            change: what to do.
+            path: of the change in the call, for error messages.
 
         Raises:
-            ApiError: the update is stale (412), uses a key of another one (409) or is too large (400); nothing changed.
+            ApiError: the change is stale (412), uses a key of another one (409), goes back to a version that is not
+                there (404) or is too large (400), or the disk failed (503); nothing changed.
 
         """
         self.calibrated(adapter.row.name)
-        key = adapter.row.key
-        if update.key is not None:
-            before = await self._on_disk(self._journal.find, key, update.key)
-            if before is not None:
-                if before.update != update:
-                    raise ApiError(
-                        409, "key_conflict", f"{path}key: another update was sent under this key", f"{path}key"
-                    )
-                assert before.digest is not None
-                return schemas.UpdateResult(version=before.version, digest=before.digest, applied=False)
-        if update.base_version != adapter.version:
+        before = await self._made_before(adapter, change, path)
+        if before is not None:
+            return before
+        if change.base_version != adapter.version:
             raise ApiError(
                 412,
                 "stale_version",
-                f"{path}base_version: {update.base_version} is not the newest version ({adapter.version}); "
+                f"{path}base_version: {change.base_version} is not the newest version ({adapter.version}); "
                 "nothing changed",
                 f"{path}base_version",
                 current_version=adapter.version,
             )
-        largest = await self._largest_after(adapter, update, path)
-        version = await self._on_disk(self._journal.append, key, update)
-        try:
-            adapter.digest = await self._engine.update(key, update)
-            adapter.version = version
-            adapter.largest = largest
-        except Exception:
-            # The update stands in the journal, so it happened; the engine's copy is what has to catch up.
-            await self._load(adapter)
+        if isinstance(change, Rollback):
+            self.existing(adapter, change.to_version, "to_version")
+            await self._hold(adapter, change.to_version)
+            largest = math.inf
+        else:
+            largest = await self._largest_after(adapter, change, path)
         assert adapter.digest is not None
-        await self._on_disk(self._journal.set_digest, key, version, adapter.digest)
-        return schemas.UpdateResult(version=version, digest=adapter.digest, applied=True)
+        version = await self._on_disk(self._journal.append, adapter.row.key, change, adapter.digest)
+        try:
+            digest = await self._hold(adapter, version)
+        except Exception as error:
+            # The change stands in the journal, so it happened; whoever replays it has it.
+            adapter.failure = str(error)
+            raise
+        adapter.version = version
+        adapter.largest = largest
+        if version % self._snapshots.every == 0:
+            self._start_snapshot(adapter)
+        return schemas.UpdateResult(version=version, digest=digest, applied=True)
+
+    async def _made_before(self, adapter: Adapter, change: Change, path: str) -> schemas.UpdateResult | None:
+        """The answer to a change whose key has been used, if it has."""
+        if change.key is None:
+            return None
+        entry = await self._on_disk(self._journal.find, adapter.row.key, change.key)
+        if entry is None:
+            return None
+        if entry.change != change:
+            raise ApiError(409, "key_conflict", f"{path}key: another change was sent under this key", f"{path}key")
+        digest = entry.digest or await self._hold(adapter, entry.version)
+        return schemas.UpdateResult(version=entry.version, digest=digest, applied=False)
 
     async def _largest_after(self, adapter: Adapter, update: Update, path: str) -> float:
         """A bound on the coefficients after an update; ApiError if it is too large."""
@@ -209,7 +216,7 @@ class Registry:
 
         if bound() > LARGEST_COEFFICIENT:
             # The bound has added up every step so far, whatever its sign: look at what they came to.
-            adapter.largest = float(np.abs(await self._engine.read(adapter.row.key)).max())
+            adapter.largest = float(np.abs(await self._engine.read(adapter.row.key, adapter.version)).max())
             if bound() > LARGEST_COEFFICIENT:
                 limit = f"{LARGEST_COEFFICIENT:g}"
                 raise invalid(f"{path}terms", f"coefficients could come to {bound():.3g}, beyond the limit of {limit}")
@@ -217,67 +224,160 @@ class Registry:
 
     # Versions ---------------------------------------------------------------------------------------------------------
 
-    async def updates(self, adapter: Adapter, after: int, limit: int) -> list[UpdateRow]:
+    async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
         """An adapter's history behind a version."""
-        return await self._on_disk(self._journal.updates, adapter.row.key, after, adapter.version, limit)
-
-    async def coefficients(self, adapter: Adapter, version: int) -> tuple[NDArray[np.float32], str]:
-        """The coefficients of an existing version (float32 ``[layout.size]``) and their digest."""
-        if version == adapter.version:
-            return await self._engine.read(adapter.row.key), adapter.newest.digest
-        coefficients = await self._replay(adapter, version)
-        return coefficients.flat.numpy(), coefficients.digest()
+        return await self._on_disk(self._journal.entries, adapter.row.key, after, adapter.version, limit)
 
     async def basis(self, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         """A calibrated adapter's basis: float32 ``[in_features, rank]`` by input."""
-        return await self._on_disk(basis_files.read, self._basis_path(adapter))
+        try:
+            return await self._on_disk(basis_files.read, self._basis_path(adapter))
+        except FileNotFoundError:
+            self._check_there(adapter)
+            raise
 
-    def existing(self, adapter: Adapter, version: int | None) -> int:
+    def existing(self, adapter: Adapter, version: int | None, param: str = "version") -> int:
         """A version, the newest for None. Raises ApiError (404) for one that is not there."""
         if version is None:
             return adapter.version
         if version > adapter.version:
             raise ApiError(
-                404,
-                "version_not_found",
-                f"version: {version} does not exist; the newest is {adapter.version}",
-                "version",
+                404, "version_not_found", f"{param}: {version} does not exist; the newest is {adapter.version}", param
             )
         return version
 
     @asynccontextmanager
-    async def at(
-        self, adapter: Adapter, version: int | None, perturbed: bool
-    ) -> AsyncIterator[tuple[int, Point | None]]:
-        """A version (the newest for None) and its point; no point is needed to evaluate version 0 itself."""
-        version = self.existing(adapter, version)
-        if version == 0 and not perturbed:
-            yield 0, None
-        elif version == adapter.version:
-            yield version, adapter.newest
-        else:
-            async with self._old_versions.hold(adapter, version) as point:
-                yield version, point
+    async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
+        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
+        with ExitStack() as stack:
+            if version == adapter.version:
+                stack.enter_context(adapter.pinned(version))
+            else:
+                async with adapter.lock:
+                    self._check_there(adapter)
+                    await self._hold(adapter, version)
+                    stack.enter_context(adapter.pinned(version))
+            yield adapter.point(version)
+        if adapter.deleted:
+            await self._drop_if_unused(adapter)
 
-    async def _put_old_version(self, key: str, adapter: Adapter, version: int) -> str:
-        coefficients = await self._replay(adapter, version)
+    async def _load(self, adapter: Adapter) -> None:
+        """Brings an adapter into the engine, at its newest version."""
+        key = adapter.row.key
         basis = await self.basis(adapter)
-        flat = coefficients.flat.numpy()
-        return await self._engine.put(key, adapter.layout, adapter.row.distribution, basis, flat, version)
+        if basis_digest(basis) != adapter.row.basis.digest:
+            raise ValueError(f"the basis file of {adapter.row.name} is damaged: {self._basis_path(adapter)}")
+        await self._engine.put(key, adapter.layout, adapter.row.distribution, basis)
+        version = await self._on_disk(self._journal.newest, key)
+        await self._hold(adapter, version)
+        adapter.version = version
 
-    async def _replay(self, adapter: Adapter, version: int) -> Coefficients:
-        rows = await self._on_disk(self._journal.updates, adapter.row.key, 0, version)
+    async def _hold(self, adapter: Adapter, version: int) -> str:
+        """Sees to it that the engine holds a version of an adapter that is locked, and returns its digest."""
+        if version in adapter.digests:
+            return adapter.digests[version]
+        key = adapter.row.key
+        start, flat, entries = await self._on_disk(self._way_to, adapter, version)
+        if start not in adapter.digests:
+            await self._make(adapter, start, flat, None)
+        for entry in entries:
+            update = entry.change if isinstance(entry.change, Update) else None
+            digest = await self._make(adapter, entry.version, start, update)
+            if entry.digest is None:
+                await self._note_digest(key, entry.version, digest)
+            elif entry.digest != digest and adapter.row.distribution == "rademacher":
+                raise ValueError(
+                    f"version {entry.version} of {adapter.row.name} replays to other coefficients than before"
+                )
+            start = entry.version
+        return adapter.digests[version]
 
-        def run() -> Coefficients:
-            coefficients = Coefficients(adapter.layout, adapter.row.distribution)
-            for row in rows:
-                coefficients.apply(row.update)
-            return coefficients
+    def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[Entry]]:
+        """A version to start from, its coefficients if there is a snapshot of them, and what leads on from there."""
+        key = adapter.row.key
+        held, snapshots = set(adapter.digests), set(self._snapshots.versions(key))
+        while True:
+            start, entries = self._journal.path(key, version, held | snapshots)
+            if start == 0 or start in held:
+                return start, None, entries
+            flat = self._snapshots.read(key, start, adapter.layout)
+            if flat is not None:
+                return start, flat, entries
+            snapshots.remove(start)
 
-        return await asyncio.to_thread(run)
+    async def _make(
+        self, adapter: Adapter, version: int, base: int | NDArray[np.float32] | None, update: Update | None
+    ) -> str:
+        keep = adapter.needed()
+        digest = await self._engine.hold(adapter.row.key, version, base, update, keep)
+        adapter.digests = {v: d for v, d in adapter.digests.items() if v in keep} | {version: digest}
+        return digest
+
+    async def _note_digest(self, key: str, version: int, digest: str) -> None:
+        try:
+            await self._on_disk(self._journal.set_digest, key, version, digest)
+        except ApiError:
+            # Whoever replays the change finds its digest again: a full disk is no reason to fail what has been done.
+            log.warning("digest not written", version=version)
+
+    def _start_snapshot(self, adapter: Adapter) -> None:
+        """Writes a snapshot of the newest version, beside whatever else goes on."""
+        pin = ExitStack()
+        pin.enter_context(adapter.pinned(adapter.version))
+        task = asyncio.create_task(self._snapshot(adapter, adapter.point(adapter.version), pin))
+        self._snapshot_tasks.add(task)
+        task.add_done_callback(self._snapshot_tasks.discard)
+
+    async def _snapshot(self, adapter: Adapter, point: Point, pin: ExitStack) -> None:
+        with pin:
+            try:
+                flat = await self._engine.read(point.key, point.version)
+                # Not on the journal's thread: nobody waits for a snapshot.
+                await asyncio.to_thread(self._snapshots.write, point.key, point.version, point.digest, flat)
+            except Exception:
+                log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
+        if adapter.deleted:
+            await self._on_disk(self._snapshots.remove, adapter.row.key)
+            await self._drop_if_unused(adapter)
+
+    async def _drop_if_unused(self, adapter: Adapter) -> None:
+        if not adapter.in_use:
+            await self._engine.drop(adapter.row.key)
+
+    def _check_there(self, adapter: Adapter) -> None:
+        """Raises ApiError (404) if an adapter was deleted while somebody waited for it."""
+        if adapter.deleted:
+            raise ApiError(404, "adapter_not_found", f"there is no adapter {adapter.row.name!r}", "adapter")
 
     async def _on_disk(self, function: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
+        except FileNotFoundError:
+            raise
+        except (sqlite3.OperationalError, OSError) as error:
+            log.error("disk failed", error=str(error))
+            raise ApiError(
+                503,
+                "storage_failed",
+                "the server could not use its disk; nothing changed",
+                retry_after=STORAGE_RETRY_S,
+            ) from error
+
+    def _layout(self, row: AdapterRow) -> Layout:
+        if row.model_digest != self._engine.model.digest:
+            raise ValueError(f"{self._directory} holds adapters of another model, such as {row.name}")
+        return Layout(select_sites(self._engine.sites, row.sites), row.rank)
 
     def _basis_path(self, adapter: Adapter) -> Path:
         return self._directory / "bases" / f"{adapter.row.key}.safetensors"
+
+
+def _lock(directory: Path) -> int:
+    """A file descriptor that keeps other servers out while it is open, and no longer than this process lives."""
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"another server uses {directory}") from None
+    return descriptor

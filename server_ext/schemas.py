@@ -28,7 +28,9 @@ LARGEST_SCALAR = 1e30
 SMALLEST_DIVISOR = 2.0**-126
 """Divisors below float32's smallest normal number may be zero on a device."""
 
-TENANT_ADAPTER = r"^[a-z0-9][a-z0-9._-]{0,62}/[a-z0-9][a-z0-9._-]{0,62}$"
+_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+TENANT = f"^{_NAME}$"
+TENANT_ADAPTER = f"^{_NAME}/{_NAME}$"
 
 Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf_nan=False)]
 Weight = Annotated[Scalar, Field(ge=0)]
@@ -36,6 +38,9 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Version = Annotated[int, Field(ge=0, strict=True)]
 Term = tuple[Seed, Scalar]
+IdempotencyKey = Annotated[
+    str, Field(min_length=1, max_length=128, description="A change that is sent twice under one key is applied once.")
+]
 
 
 def _is_unicode(text: str) -> str:
@@ -141,7 +146,9 @@ class AdapterInfo(Message):
     basis: BasisInfo
     digest: str | None = Field(None, description="Digest of the newest coefficients.")
     created: datetime
-    state: Literal["new", "ready"] = Field(description="new: the basis has not been taken yet.")
+    state: Literal["new", "ready", "failed"] = Field(
+        description="new: the basis has not been taken yet. failed: it could not be restored."
+    )
 
 
 class AdapterList(Message):
@@ -180,22 +187,30 @@ class Update(Message):
     terms: Annotated[list[Term], Field(max_length=MAX_TERMS)]
     decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     normaliser: Normaliser | None = None
-    key: Annotated[str, Field(min_length=1, max_length=128)] | None = Field(
-        None, description="Idempotency key: an update sent twice under one key is applied once."
-    )
+    key: IdempotencyKey | None = None
 
     def to_wire(self) -> wire.Update:
         return wire.Update.from_json(self.model_dump())
 
 
+class Rollback(Message):
+    """A new version whose coefficients are those of an earlier one, bit for bit."""
+
+    base_version: Version
+    to_version: Version
+    key: IdempotencyKey | None = None
+
+
 class UpdateResult(Message):
     version: int
     digest: str
-    applied: bool = Field(description="False: an update with this key had been applied before; nothing changed.")
+    applied: bool = Field(description="False: a change with this key had been applied before; nothing changed.")
 
 
 class AskLosses(Message):
-    version: Version | None = Field(None, description="Checked after a carried update is applied; newest if left out.")
+    version: Version | None = Field(
+        None, description="The newest if left out; with an update, none but the version that it leads to."
+    )
     base: bool = Field(False, description="Also answer with the unperturbed loss.")
     probes: Annotated[list[Probe], Field(validate_default=True)] = []
     rows: Annotated[list[Row], Field(min_length=1)]
@@ -293,7 +308,9 @@ class JournalEntry(Message):
     terms: list[Term]
     decay: float
     normaliser: Normaliser | None
+    rollback_to: int | None = Field(description="The version that was gone back to; null for an update.")
     key: str | None
+    digest_before: str
     digest: str
     time: datetime
 
@@ -329,14 +346,55 @@ class NoiseSpec(Message):
     distributions: list[str]
 
 
-class Limits(Message):
+Count = Annotated[int, Field(ge=0)]
+
+
+class TenantLimits(Message):
+    """What one tenant may use. None: as much as there is."""
+
+    max_adapters: Count | None = 64
+    max_coefficient_bytes: Count | None = Field(4 << 30, description="Over all of its adapters' coefficients.")
+    max_rank: Count | None = Field(None, description="The engine's own limit is the other bound.")
+    max_probes: Count = Field(256, description="A call.")
+    max_rows: Count = Field(1024, description="A call.")
+    max_call_tokens: Count = Field(1 << 20, description="A call, over all of its probes' sides.")
+    max_request_bytes: Count = Field(32 << 20, description="Of a call's body.")
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = 6000
+
+    @classmethod
+    def operators(cls) -> TenantLimits:
+        """The operator's: the limits of a single call alone."""
+        return cls(max_adapters=None, max_coefficient_bytes=None, requests_per_minute=None)
+
+
+class Limits(TenantLimits):
+    """The caller's limits on this server."""
+
     max_rank: int
-    max_probes: int
-    max_rows: int
     max_row_tokens: int
-    max_call_tokens: int
     max_terms: int
     max_choices: int
+
+
+class CreateTenant(Message):
+    name: Annotated[str, Field(pattern=TENANT)]
+    limits: TenantLimits = Field(default_factory=TenantLimits)
+
+
+class TenantInfo(Message):
+    name: str
+    limits: TenantLimits
+    adapters: int
+    created: datetime | None = Field(description="Null for a tenant of the server's keys file.")
+
+
+class TenantList(Message):
+    tenants: list[TenantInfo]
+
+
+class TenantKey(Message):
+    tenant: str
+    key: str = Field(description="Shown this once: the server keeps its digest alone.")
 
 
 class Info(Message):

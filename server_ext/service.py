@@ -7,12 +7,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
+from structlog.contextvars import bind_contextvars
 
 from server_ext import schemas
 from server_ext.adapters import Adapter
@@ -20,34 +21,39 @@ from server_ext.basis import Basis, random_test_matrix
 from server_ext.engines.base import CalibrationRow, Engine
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
-from server_ext.journal import AdapterRow
-from server_ext.registry import Registry
-from server_ext.rows import RowScore, TokenRow, contexts_of, score_of, tokenise, tokenise_rows
+from server_ext.fairness import FairQueue
+from server_ext.journal import AdapterRow, Change, Entry, Rollback
+from server_ext.registry import SNAPSHOT_EVERY, Registry
+from server_ext.rows import Context, ContextScore, RowScore, TokenRow, contexts_of, score_of, tokenise, tokenise_rows
 from server_ext.store import Point
+from server_ext.tenants import Caller
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION
+from zoact_remote.wire import Update
 
-
-@dataclass(frozen=True)
-class CallLimits:
-    """What one call may ask for."""
-
-    max_probes: int = 256
-    max_rows: int = 1024
-    max_call_tokens: int = 1 << 20
+BYTES_PER_COEFFICIENT = 4
+PIECES_AT_ONCE = 8
+"""Pieces of work that the engine takes at once: what another tenant waits for is one of them."""
 
 
 class Service:
-    """Checks calls, and answers them from the registry's adapters and the engine."""
+    """Checks calls, and answers them from the registry's adapters and the engine.
 
-    def __init__(self, engine: Engine, directory: Path, limits: CallLimits | None = None) -> None:
+    Calls name adapters that their caller owns: the routes see to that.
+
+    Raises:
+        ValueError: the directory is in use, or belongs to another model.
+
+    """
+
+    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
         self.engine = engine
-        self.registry = Registry(engine, directory)
-        self.limits = limits or CallLimits()
+        self.registry = Registry(engine, directory, snapshot_every)
+        self._turns = FairQueue(engine.tokens_at_once)
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
-    def info(self) -> schemas.Info:
+    def info(self, limits: schemas.TenantLimits) -> schemas.Info:
         model = self.engine.model
         return schemas.Info(
             model=schemas.ModelInfo(name=model.name, digest=model.digest, dtype=model.dtype),
@@ -55,22 +61,24 @@ class Service:
             noise=schemas.NoiseSpec(version=NOISE_VERSION, distributions=list(DISTRIBUTIONS)),
             sites=[schemas.SiteInfo(**site.to_json()) for site in self.engine.sites],
             limits=schemas.Limits(
-                max_rank=self.engine.max_rank,
-                max_probes=self.limits.max_probes,
-                max_rows=self.limits.max_rows,
+                **limits.model_dump(exclude={"max_rank"}),
+                max_rank=self._max_rank(limits),
                 max_row_tokens=model.max_tokens,
-                max_call_tokens=self.limits.max_call_tokens,
                 max_terms=schemas.MAX_TERMS,
                 max_choices=schemas.MAX_CHOICES,
             ),
         )
 
-    def list_adapters(self) -> schemas.AdapterList:
-        return schemas.AdapterList(adapters=[adapter.info() for adapter in self.registry.all()])
+    def list_adapters(self, caller: Caller) -> schemas.AdapterList:
+        return schemas.AdapterList(
+            adapters=[adapter.info() for adapter in self.registry.all() if caller.owns(adapter.row.name)]
+        )
 
-    async def create(self, ask: schemas.CreateAdapter) -> schemas.AdapterInfo:
-        if ask.rank > self.engine.max_rank:
-            raise invalid("rank", f"must be at most {self.engine.max_rank} on this server")
+    async def create(self, caller: Caller, ask: schemas.CreateAdapter) -> schemas.AdapterInfo:
+        if not caller.owns(ask.name):
+            raise ApiError(403, "foreign_tenant", f"name: must begin with {caller.tenant}/ for this API key", "name")
+        if ask.rank > self._max_rank(caller.limits):
+            raise invalid("rank", f"must be at most {self._max_rank(caller.limits)} on this server")
         try:
             layout = Layout(select_sites(self.engine.sites, ask.sites), ask.rank)
         except ValueError as error:
@@ -78,9 +86,11 @@ class Service:
         narrowest = min(layout.inputs.values())
         if ask.rank > narrowest:
             raise invalid("rank", f"must be at most the width of the narrowest input, {narrowest}")
+        self._check_room(caller, layout)
         row = AdapterRow(
             key=uuid.uuid4().hex,
             name=ask.name,
+            model_digest=self.engine.model.digest,
             rank=ask.rank,
             sites=tuple(site.name for site in layout.sites),
             distribution=ask.noise,
@@ -91,18 +101,37 @@ class Service:
         return (await self.registry.add(row, layout)).info()
 
     async def delete(self, name: str) -> None:
-        async with self.registry.writing(name) as (adapter, _):
+        async with self.registry.changing(name) as adapter:
             await self.registry.remove(adapter)
 
-    async def calibrate(self, name: str, ask: schemas.Calibrate) -> schemas.BasisResult:
+    def _max_rank(self, limits: schemas.TenantLimits) -> int:
+        return self.engine.max_rank if limits.max_rank is None else min(limits.max_rank, self.engine.max_rank)
+
+    def _check_room(self, caller: Caller, layout: Layout) -> None:
+        """Raises ApiError (403) if another adapter would be more than its tenant may have."""
+        limits = caller.limits
+        owned = [adapter.layout for adapter in self.registry.all() if caller.owns(adapter.row.name)]
+        if limits.max_adapters is not None and len(owned) >= limits.max_adapters:
+            raise ApiError(403, "limit_exceeded", f"name: max_adapters ({limits.max_adapters}) adapters exist", "name")
+        held = BYTES_PER_COEFFICIENT * sum(each.parameters for each in [*owned, layout])
+        if limits.max_coefficient_bytes is not None and held > limits.max_coefficient_bytes:
+            raise ApiError(
+                403,
+                "limit_exceeded",
+                f"rank: coefficients would come to {held} bytes, beyond max_coefficient_bytes "
+                f"({limits.max_coefficient_bytes})",
+                "rank",
+            )
+
+    async def calibrate(self, caller: Caller, name: str, ask: schemas.Calibrate) -> schemas.BasisResult:
         adapter = self.registry.adapter(name)
         spec = adapter.row.basis
         if spec.digest is not None:
             raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken; create a new adapter instead")
         if spec.source == "activations" and not ask.rows:
             raise invalid("rows", "a basis of activations needs at least one row")
-        rows = self._tokenise(ask.rows, points=spec.passes)
-        async with self.registry.writing(name) as (adapter, _):
+        rows = self._tokenise(caller, ask.rows, points=spec.passes)
+        async with self.registry.changing(name) as adapter:
             if adapter.row.basis.digest is not None:
                 raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken meanwhile")
             bases, seen = await self._take_basis(adapter, rows)
@@ -114,138 +143,43 @@ class Service:
     # Training ---------------------------------------------------------------------------------------------------------
 
     async def update(self, name: str, ask: schemas.Update) -> schemas.UpdateResult:
-        async with self.registry.writing(name) as (adapter, _):
-            return await self.registry.apply(adapter, ask.to_wire())
+        async with self.registry.changing(name) as adapter:
+            return await self._change(adapter, ask.to_wire())
 
-    async def losses(self, name: str, ask: schemas.AskLosses) -> schemas.Losses:
-        started = time.perf_counter()
-        self.registry.calibrated(name)
-        sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
-        if len(ask.probes) > self.limits.max_probes:
-            raise invalid("probes", f"at most {self.limits.max_probes} probes a call")
-        rows = self._tokenise(ask.rows, points=sides)
-        if ask.update is None:
-            async with self.registry.reading(name) as adapter:
-                return await self._losses(adapter, ask, rows, None, started)
-        async with self.registry.writing(name) as (adapter, hold):
-            lands_at = ask.update.base_version + 1
-            if ask.version is not None and ask.version != lands_at:
-                raise invalid("version", f"must be {lands_at}, the version that the carried update leads to")
-            result = await self.registry.apply(adapter, ask.update.to_wire(), "update.")
-            await hold.downgrade()
-            return await self._losses(adapter, ask, rows, result, started)
+    async def rollback(self, name: str, ask: schemas.Rollback) -> schemas.UpdateResult:
+        async with self.registry.changing(name) as adapter:
+            return await self._change(adapter, Rollback(ask.base_version, ask.to_version, ask.key))
 
-    async def scores(self, name: str, ask: schemas.AskScores) -> schemas.Scores:
-        self.registry.calibrated(name)
-        rows = self._tokenise(ask.rows, points=1)
-        async with self._point(name, ask.version, ask.probe) as (version, point):
-            ((scores, tokens),) = await self._score([point], rows)
-        return schemas.Scores(
-            version=version,
-            rows=[
-                schemas.RowScores(logprobs=list(s.logprobs), tokens=[len(c) for c in r.continuations], loss=s.loss)
-                for r, s in zip(rows, scores, strict=True)
-            ],
-            loss=_mean_loss(scores),
-            tokens=tokens,
-        )
-
-    async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
-        self.registry.calibrated(name)
-        if ask.messages is not None:
-            try:
-                tokens = self.engine.encode_chat([message.model_dump() for message in ask.messages])
-            except Exception as error:  # a chat template is a program of the model's author and may raise anything
-                raise invalid("messages", f"the model's chat template refuses them: {error}") from None
-            if not tokens:
-                raise invalid("messages", "the model's chat template makes nothing of them")
-        else:
-            assert ask.prompt is not None
-            tokens = list(tokenise(ask.prompt, "prompt", True, self.engine.encode, self.engine.model.vocabulary))
-        room = self.engine.model.max_tokens - len(tokens)
-        if ask.max_tokens > room:
-            raise invalid(
-                "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
-            )
-        async with self._point(name, ask.version, ask.probe) as (version, point):
-            text = await self.engine.generate(point, tuple(tokens), ask.max_tokens, ask.temperature, ask.seed)
-        return schemas.Generation(
-            version=version,
-            text=text.text,
-            token_ids=list(text.tokens),
-            finish_reason="stop" if text.stopped else "length",
-        )
-
-    # History ----------------------------------------------------------------------------------------------------------
-
-    async def journal(self, name: str, after: int, limit: int) -> schemas.JournalPage:
-        async with self.registry.reading(name) as adapter:
-            rows = await self.registry.updates(adapter, after, limit)
-            info = adapter.info()
-        return schemas.JournalPage(
-            adapter=name,
-            basis_digest=info.basis.digest or "",
-            noise=info.noise,
-            updates=[
-                schemas.JournalEntry(
-                    version=row.version, digest=row.digest or "", time=row.time, **row.update.to_json()
-                )
-                for row in rows
-            ],
-        )
-
-    async def export(self, name: str, version: int | None, dtype: str) -> bytes:
-        async with self.registry.reading(name) as adapter:
-            version = self.registry.existing(adapter, version)
-            flat, digest = await self.registry.coefficients(adapter, version)
-            basis = await self.registry.basis(adapter)
-            exported = Exported(
-                name, version, digest, self.engine.model.name, self.engine.model.digest, adapter.layout, basis, flat
-            )
-            return await asyncio.to_thread(export_tar, exported, self.engine.sites, dtype)
-
-    def _tokenise(self, rows: Sequence[schemas.Row], points: int) -> list[TokenRow]:
-        """Token rows that fit the limits when evaluated at a number of points."""
-        if len(rows) > self.limits.max_rows:
-            raise invalid("rows", f"at most {self.limits.max_rows} rows a call, got {len(rows)}")
-        model = self.engine.model
-        result = tokenise_rows(rows, self.engine.encode, model.vocabulary, model.max_tokens)
-        tokens = points * sum(len(context.tokens) for row in result for context in contexts_of(row))
-        if tokens > self.limits.max_call_tokens:
-            raise invalid(
-                "rows", f"{tokens} tokens over all sides exceed the limit of {self.limits.max_call_tokens} a call"
-            )
+    async def _change(self, adapter: Adapter, change: Change, path: str = "") -> schemas.UpdateResult:
+        result = await self.registry.change(adapter, change, path)
+        bind_contextvars(version=result.version)
         return result
 
-    async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:
-        spec, layout = adapter.row.basis, adapter.layout
-        if spec.source == "random":
-            inputs = enumerate(layout.inputs.items())
-            drawn = {name: random_test_matrix(width, layout.rank, spec.seed, i) for i, (name, width) in inputs}
-            return {name: Basis(v.astype(np.float32), float("nan")) for name, v in drawn.items()}, 0
-        calibration = [CalibrationRow(row.prompt + row.target[:-1], len(row.prompt)) for row in rows]
-        try:
-            return await self.engine.calibrate(calibration, layout, spec.spec())
-        except ValueError as error:
-            raise invalid("rows", str(error)) from None
-
-    async def _losses(
-        self,
-        adapter: Adapter,
-        ask: schemas.AskLosses,
-        rows: list[TokenRow],
-        update: schemas.UpdateResult | None,
-        started: float,
-    ) -> schemas.Losses:
-        begun = time.perf_counter()
+    async def losses(self, caller: Caller, name: str, ask: schemas.AskLosses) -> schemas.Losses:
+        started = time.perf_counter()
+        adapter = self.registry.calibrated(name)
+        if len(ask.probes) > caller.limits.max_probes:
+            raise invalid("probes", f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}")
+        sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
+        rows = self._tokenise(caller, ask.rows, points=sides)
+        result = None
+        wanted = ask.version
+        if ask.update is not None:
+            lands_at = ask.update.base_version + 1
+            if wanted is not None and wanted != lands_at:
+                raise invalid("version", f"must be {lands_at}, the version that the carried update leads to")
+            async with self.registry.changing(name) as adapter:
+                result = await self._change(adapter, ask.update.to_wire(), "update.")
+            wanted = result.version
+        updated = time.perf_counter()
         signs = [(p, sign) for p in ask.probes for sign in ((1, -1) if p.sides == "both" else (1,))]
-        async with self.registry.at(adapter, ask.version, perturbed=bool(signs)) as (version, point):
+        async with self._at(adapter, wanted, perturbed=bool(signs)) as (version, point):
             points: list[Point | None] = [
                 replace(point, seed=p.seed, epsilon=sign * p.epsilon) for p, sign in signs if point is not None
             ]
             if ask.base:
                 points.append(point if version else None)
-            results = await self._score(points, rows)
+            results = await self._score(adapter, points, rows)
         means = [_mean_loss(scores) for scores, _ in results]
         unperturbed = means.pop() if ask.base else None
         plus_minus = iter(means)
@@ -264,34 +198,175 @@ class Service:
             losses=losses,
             base=unperturbed,
             tokens=sum(tokens for _, tokens in results),
-            update=update,
-            timing=schemas.Timing(update_s=begun - started, forward_s=now - begun, total_s=now - started),
+            update=result,
+            timing=schemas.Timing(update_s=updated - started, forward_s=now - updated, total_s=now - started),
         )
 
-    async def _score(self, points: Sequence[Point | None], rows: list[TokenRow]) -> list[tuple[list[RowScore], int]]:
+    async def scores(self, caller: Caller, name: str, ask: schemas.AskScores) -> schemas.Scores:
+        adapter = self.registry.calibrated(name)
+        rows = self._tokenise(caller, ask.rows, points=1)
+        async with self._point(adapter, ask.version, ask.probe) as (version, point):
+            ((scores, tokens),) = await self._score(adapter, [point], rows)
+        return schemas.Scores(
+            version=version,
+            rows=[
+                schemas.RowScores(logprobs=list(s.logprobs), tokens=[len(c) for c in r.continuations], loss=s.loss)
+                for r, s in zip(rows, scores, strict=True)
+            ],
+            loss=_mean_loss(scores),
+            tokens=tokens,
+        )
+
+    async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
+        adapter = self.registry.calibrated(name)
+        if ask.messages is not None:
+            try:
+                tokens = self.engine.encode_chat([message.model_dump() for message in ask.messages])
+            except Exception as error:  # a chat template is a program of the model's author and may raise anything
+                raise invalid("messages", f"the model's chat template refuses them: {error}") from None
+            if not tokens:
+                raise invalid("messages", "the model's chat template makes nothing of them")
+        else:
+            assert ask.prompt is not None
+            tokens = list(tokenise(ask.prompt, "prompt", True, self.engine.encode, self.engine.model.vocabulary))
+        room = self.engine.model.max_tokens - len(tokens)
+        if ask.max_tokens > room:
+            raise invalid(
+                "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
+            )
+        async with self._point(adapter, ask.version, ask.probe) as (version, point):
+            text = await self.engine.generate(point, tuple(tokens), ask.max_tokens, ask.temperature, ask.seed)
+        return schemas.Generation(
+            version=version,
+            text=text.text,
+            token_ids=list(text.tokens),
+            finish_reason="stop" if text.stopped else "length",
+        )
+
+    # History ----------------------------------------------------------------------------------------------------------
+
+    async def journal(self, name: str, after: int, limit: int) -> schemas.JournalPage:
+        adapter = self.registry.calibrated(name)
+        entries = await self.registry.entries(adapter, after, limit)
+        info = adapter.info()
+        return schemas.JournalPage(
+            adapter=name,
+            basis_digest=info.basis.digest or "",
+            noise=info.noise,
+            updates=[_journal_entry(entry) for entry in entries],
+        )
+
+    async def export(self, name: str, version: int | None, dtype: str) -> bytes:
+        adapter = self.registry.calibrated(name)
+        version = self.registry.existing(adapter, version)
+        async with self.registry.at(adapter, version) as point:
+            flat = await self.engine.read(point.key, version)
+            basis = await self.registry.basis(adapter)
+        model = self.engine.model
+        exported = Exported(name, version, point.digest, model.name, model.digest, adapter.layout, basis, flat)
+        return await asyncio.to_thread(export_tar, exported, self.engine.sites, dtype)
+
+    def _tokenise(self, caller: Caller, rows: Sequence[schemas.Row], points: int) -> list[TokenRow]:
+        """Token rows that fit the caller's limits when evaluated at a number of points."""
+        limits = caller.limits
+        if len(rows) > limits.max_rows:
+            raise invalid("rows", f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}")
+        model = self.engine.model
+        result = tokenise_rows(rows, self.engine.encode, model.vocabulary, model.max_tokens)
+        tokens = points * sum(len(context.tokens) for row in result for context in contexts_of(row))
+        if tokens > limits.max_call_tokens:
+            raise invalid(
+                "rows", f"{tokens} tokens over all sides exceed max_call_tokens ({limits.max_call_tokens}) a call"
+            )
+        return result
+
+    async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:
+        spec, layout = adapter.row.basis, adapter.layout
+        if spec.source == "random":
+            inputs = enumerate(layout.inputs.items())
+            drawn = {name: random_test_matrix(width, layout.rank, spec.seed, i) for i, (name, width) in inputs}
+            return {name: Basis(v.astype(np.float32), float("nan")) for name, v in drawn.items()}, 0
+        calibration = [CalibrationRow(row.prompt + row.target[:-1], len(row.prompt)) for row in rows]
+        try:
+            return await self.engine.calibrate(calibration, layout, spec.spec())
+        except ValueError as error:
+            raise invalid("rows", str(error)) from None
+
+    async def _score(
+        self, adapter: Adapter, points: Sequence[Point | None], rows: list[TokenRow]
+    ) -> list[tuple[list[RowScore], int]]:
         """By point: the rows' scores, and the tokens that went through the model."""
         contexts = [contexts_of(row) for row in rows]
         bounds = list(pairwise(accumulate((len(c) for c in contexts), initial=0)))
         flat = [context for row in contexts for context in row]
         tokens = sum(len(context.tokens) for context in flat)
-        scores = await self.engine.score(points, flat)
+        tenant = adapter.row.name.partition("/")[0]
+
+        async def piece(point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+            async with self._turns.turn(tenant, sum(len(context.tokens) for context in contexts)):
+                return await self.engine.score(point, contexts)
+
+        pieces = _pieces(flat, self.engine.tokens_at_once // PIECES_AT_ONCE)
+        scores = await asyncio.gather(*(piece(point, part) for point in points for part in pieces))
+        by_point = [
+            [score for part in scores[i : i + len(pieces)] for score in part]
+            for i in range(0, len(scores), len(pieces))
+        ]
         return [
             ([score_of(r, c, point[a:b]) for r, c, (a, b) in zip(rows, contexts, bounds, strict=True)], tokens)
-            for point in scores
+            for point in by_point
         ]
 
     @asynccontextmanager
-    async def _point(
-        self, name: str, version: int | None, probe: schemas.SignedProbe | None
+    async def _at(
+        self, adapter: Adapter, version: int | None, perturbed: bool
     ) -> AsyncIterator[tuple[int, Point | None]]:
-        """A version of an adapter by name, and the point of it or of a probe around it."""
-        async with (
-            self.registry.reading(name) as adapter,
-            self.registry.at(adapter, version, probe is not None) as (found, point),
-        ):
+        """A version (the newest for None) and its point; no point is needed to evaluate version 0 itself."""
+        version = self.registry.existing(adapter, version)
+        bind_contextvars(version=version)
+        if version == 0 and not perturbed:
+            yield 0, None
+        else:
+            async with self.registry.at(adapter, version) as point:
+                yield version, point
+
+    @asynccontextmanager
+    async def _point(
+        self, adapter: Adapter, version: int | None, probe: schemas.SignedProbe | None
+    ) -> AsyncIterator[tuple[int, Point | None]]:
+        """A version of an adapter, and the point of it or of a probe around it."""
+        async with self._at(adapter, version, probe is not None) as (found, point):
             if probe is not None and point is not None:
                 point = replace(point, seed=probe.seed, epsilon=probe.sign * probe.epsilon)
             yield found, point
+
+
+def _pieces(contexts: Sequence[Context], tokens: int) -> list[Sequence[Context]]:
+    """Contexts in parts of some tokens at most, or of one context."""
+    parts: list[list[Context]] = []
+    room = 0
+    for context in contexts:
+        if len(context.tokens) > room:
+            parts.append([])
+            room = tokens
+        parts[-1].append(context)
+        room -= len(context.tokens)
+    return list(parts)
+
+
+def _journal_entry(entry: Entry) -> schemas.JournalEntry:
+    change, rollback_to = entry.change, None
+    if isinstance(change, Rollback):
+        rollback_to = change.to_version
+        change = Update(change.base_version, (), key=change.key)
+    return schemas.JournalEntry(
+        version=entry.version,
+        **change.to_json(),
+        rollback_to=rollback_to,
+        digest_before=entry.digest_before,
+        digest=entry.digest or "",
+        time=entry.time,
+    )
 
 
 def _mean_loss(scores: Sequence[RowScore]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from server_ext.coefficients import Coefficients
-from server_ext.noise import WordCache
+from server_ext.noise import Noise, WordCache
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
@@ -22,7 +23,7 @@ class Point:
 
     Attributes:
         key: the adapter's key in the engine.
-        version: the version that its coefficients must have.
+        version: the version of its coefficients.
         digest: digest of those coefficients.
         seed: seed of the perturbation.
         epsilon: the perturbation's size, its side in the sign; 0 for none.
@@ -43,49 +44,44 @@ class Point:
 
 
 class AdapterState:
-    """One adapter on the device."""
+    """One adapter on the device: its basis, and its coefficients at every version that is in use."""
 
-    def __init__(
-        self,
-        layout: Layout,
-        distribution: Distribution,
-        basis: dict[str, torch.Tensor],
-        flat: torch.Tensor | None,
-        version: int,
-        device: torch.device,
-        cache: WordCache,
-    ) -> None:
-        self.layout = layout
-        self.basis = {name: vectors.to(device, torch.float32).contiguous() for name, vectors in basis.items()}
-        self.coefficients = Coefficients(layout, distribution, device, flat, cache)
-        self.version = version
+    def __init__(self, noise: Noise, basis: dict[str, torch.Tensor]) -> None:
+        self.noise = noise
+        self.basis = {name: vectors.to(noise.device, torch.float32).contiguous() for name, vectors in basis.items()}
+        self.versions: dict[int, Coefficients] = {}
 
-    def update(self, update: Update) -> str:
-        """Applies an update to the version that it names and returns the digest after it.
+    @property
+    def layout(self) -> Layout:
+        """Where the adapter acts."""
+        return self.noise.layout
+
+    def hold(self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]) -> str:
+        """Takes in a version, lets go of all others but those to keep, and returns its coefficients' digest.
+
+        Args:
+            version: the version.
+            base: what it is made from: a version held, coefficients (float32 ``[layout.size]``), or None for zeros.
+            update: applied to the base; None for none.
+            keep: versions still needed.
 
         Raises:
-            RuntimeError: the update names another version than the one held.
+            RuntimeError: the base is not held.
 
         """
-        if update.base_version != self.version:
-            raise RuntimeError(
-                f"update of version {update.base_version} reached coefficients of version {self.version}"
-            )
-        self.coefficients.apply(update)
-        self.version += 1
-        return self.coefficients.digest()
+        made = self[base] if isinstance(base, int) else Coefficients(self.noise, base)
+        if update is not None:
+            made = made.after(update)
+        self.versions[version] = made
+        for other in self.versions.keys() - {version, *keep}:
+            del self.versions[other]
+        return made.digest()
 
-    def coefficients_at(self, point: Point) -> torch.Tensor:
-        """C + epsilon Z(seed): float32 ``[layout.size]``."""
-        self.check(point)
-        if not point.epsilon:
-            return self.coefficients.flat
-        return self.coefficients.flat + self.coefficients.perturbation(point.seed, point.epsilon)
-
-    def check(self, point: Point) -> None:
-        """Raises RuntimeError unless the point's version is the one held."""
-        if point.version != self.version:
-            raise RuntimeError(f"{point.key} is at version {self.version}, but version {point.version} was asked for")
+    def __getitem__(self, version: int) -> Coefficients:
+        try:
+            return self.versions[version]
+        except KeyError:
+            raise RuntimeError(f"version {version} is not held, only {sorted(self.versions)}") from None
 
 
 class AdapterStore:
@@ -96,19 +92,9 @@ class AdapterStore:
         self._adapters: dict[str, AdapterState] = {}
         self._cache = WordCache()
 
-    def put(
-        self,
-        key: str,
-        layout: Layout,
-        distribution: Distribution,
-        basis: dict[str, torch.Tensor],
-        flat: torch.Tensor | None,
-        version: int,
-    ) -> str:
-        """Takes in an adapter (zero coefficients for ``flat=None``) and returns its coefficients' digest."""
-        state = AdapterState(layout, distribution, basis, flat, version, self.device, self._cache)
-        self._adapters[key] = state
-        return state.coefficients.digest()
+    def put(self, key: str, layout: Layout, distribution: Distribution, basis: dict[str, torch.Tensor]) -> None:
+        """Takes in an adapter, without any version of it as yet."""
+        self._adapters[key] = AdapterState(Noise(layout, distribution, self.device, self._cache), basis)
 
     def __getitem__(self, key: str) -> AdapterState:
         try:
@@ -117,6 +103,7 @@ class AdapterStore:
             raise RuntimeError(f"the engine holds no adapter {key}") from None
 
     def drop(self, key: str) -> None:
+        """Forgets an adapter."""
         self._adapters.pop(key, None)
 
 

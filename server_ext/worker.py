@@ -89,20 +89,19 @@ class ZoActWorker:
         """The checkpoint's names of the layers that a module of vLLM holds: q, k and v of qkv_proj."""
         return self.zoact_manager.packed_modules.get(module, [module])
 
-    def zoact_put(
-        self, key: str, layout: str, distribution: Distribution, basis: bytes, flat: bytes | None, version: int
-    ) -> str:
-        """Takes in an adapter and returns its coefficients' digest."""
-        start = None if flat is None else load(flat)["flat"]
-        return self.zoact_store.put(key, self._zoact_layout(layout), distribution, load(basis), start, version)
+    def zoact_put(self, key: str, layout: str, distribution: Distribution, basis: bytes) -> None:
+        """Takes in an adapter."""
+        self.zoact_store.put(key, self._zoact_layout(layout), distribution, load(basis))
 
-    def zoact_update(self, key: str, update: str) -> str:
-        """Applies an update and returns the digest after it."""
-        return self.zoact_store[key].update(Update.from_json(json.loads(update)))
+    def zoact_hold(self, key: str, version: int, base: int | bytes | None, update: str | None, keep: list[int]) -> str:
+        """Takes in a version, as ``Engine.hold`` says."""
+        start = load(base)["flat"] if isinstance(base, bytes) else base
+        content = None if update is None else Update.from_json(json.loads(update))
+        return self.zoact_store[key].hold(version, start, content, keep)
 
-    def zoact_read(self, key: str) -> bytes:
-        """An adapter's coefficients."""
-        return save({"flat": self.zoact_store[key].coefficients.flat.cpu()})
+    def zoact_read(self, key: str, version: int) -> bytes:
+        """The coefficients of a version."""
+        return save({"flat": self.zoact_store[key][version].flat.cpu()})
 
     def zoact_drop(self, key: str) -> None:
         """Forgets an adapter."""
@@ -111,14 +110,13 @@ class ZoActWorker:
     def zoact_lora(self, number: int, point: Point) -> LoRAModel:
         """A point as the LoRA that vLLM's slots take."""
         state = self.zoact_store[point.key]
+        coefficients = state[point.version]
         dtype = self.zoact_dtype
-        split = split_columns(dtype) and bool(point.epsilon)
-        if split:
-            state.check(point)
-            probes = state.layout.matrices(state.coefficients.perturbation(point.seed, point.epsilon))
-            parts = [state.layout.matrices(state.coefficients.flat), probes]
+        if split_columns(dtype) and point.epsilon:
+            flats = [coefficients.flat, coefficients.noise.draw(point.seed, point.epsilon)]
         else:
-            parts = [state.layout.matrices(state.coefficients_at(point))]
+            flats = [coefficients.at(point.seed, point.epsilon)]
+        parts = [state.layout.matrices(flat) for flat in flats]
         lora_a = {name: vectors.T.repeat(len(parts), 1).to(dtype) for name, vectors in state.basis.items()}
         rank = state.layout.rank * len(parts)
         layers = {}

@@ -44,12 +44,19 @@ class Process:
         port: the port that they tell it to listen on.
         log: file that its output is appended to.
         environment: variables beside those that the tests run with, of which those that steer servers are left out.
+        ready: path that answers once it serves.
 
     """
 
     def __init__(
-        self, arguments: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+        self,
+        arguments: Sequence[str],
+        port: int,
+        log: Path,
+        environment: Mapping[str, str] | None = None,
+        ready: str = "/health",
     ) -> None:
+        self._ready = ready
         self.url = f"http://127.0.0.1:{port}"
         self._log = log
         before = {name: value for name, value in os.environ.items() if not name.startswith(("ZOACT_", "VLLM_PLUGINS"))}
@@ -79,7 +86,7 @@ class Process:
         deadline = time.monotonic() + READY_WITHIN_S
         while self._popen.poll() is None and time.monotonic() < deadline:
             with suppress(requests.RequestException):
-                if requests.get(f"{self.url}/health", timeout=2).ok:
+                if requests.get(f"{self.url}{self._ready}", timeout=2).ok:
                     return
             time.sleep(0.2)
         end = "\n".join(self._log.read_text(errors="replace").splitlines()[-40:])
@@ -108,7 +115,9 @@ class Server:
         arguments += ["--port", str(port), "--state", str(self._directory / "state")]
         if self.engine == "vllm":
             arguments += ["--slots", str(SLOTS)]
-        self._process = Process(arguments, port, self._directory / "server.log", self._environment)
+        self._process = Process(
+            arguments, port, self._directory / "server.log", self._environment, "/zoact/v1/health/ready"
+        )
         return self
 
     def kill(self) -> None:

@@ -68,7 +68,7 @@ class Transport:
         self._sleep = sleep
         self._session = requests.Session()
         # A proxy from the environment cannot reach this machine's own loopback.
-        self._session.trust_env = not _is_loopback(urlsplit(url).hostname or "")
+        self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
         if api_key is not None:
             # An auth object, not a header: requests would let a matching .netrc entry replace the header.
             self._session.auth = _Bearer(api_key)
@@ -242,7 +242,8 @@ def _retry_after(header: str | None) -> float | None:
     return max(0.0, (aware - datetime.now(timezone.utc)).total_seconds())
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a name or address can only be this machine."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,14 +62,16 @@ class GeneratedText:
 class Engine(Protocol):
     """Holds the model, and evaluates it at points of many adapters' coefficient spaces.
 
-    Methods that change an adapter are called one at a time for that adapter, and never while a call that reads the same
-    adapter is under way: the service sees to both.
+    Of adapters it holds what it is given and nothing else knows of: the registry says which versions to make, and which
+    are still in use. Methods that change an adapter are called one at a time for that adapter.
     """
 
     version: str
     model: Model
     sites: tuple[Site, ...]
     max_rank: int
+    tokens_at_once: int
+    """Tokens that keep it busy; more of them only wait inside it, where nobody can go before them."""
 
     @property
     def name(self) -> Literal["vllm", "transformers"]:
@@ -106,26 +108,43 @@ class Engine(Protocol):
         layout: Layout,
         distribution: Distribution,
         basis: dict[str, NDArray[np.float32]],
-        flat: NDArray[np.float32] | None,
+    ) -> None:
+        """Takes in an adapter, without any version of it as yet."""
+        ...
+
+    async def hold(
+        self,
+        key: str,
         version: int,
+        base: int | NDArray[np.float32] | None,
+        update: Update | None,
+        keep: Collection[int],
     ) -> str:
-        """Takes in an adapter, with zero coefficients for ``flat=None``, and returns their digest."""
+        """Takes in a version of an adapter, and lets go of all others but those to keep.
+
+        Args:
+            key: the adapter's.
+            version: the version.
+            base: what it is made from: a version held, coefficients (float32 ``[layout.size]``), or None for zeros.
+            update: applied to the base; None for none.
+            keep: versions still needed.
+
+        Returns:
+            The digest of its coefficients.
+
+        """
         ...
 
-    async def update(self, key: str, update: Update) -> str:
-        """Applies an update and returns the digest after it."""
-        ...
-
-    async def read(self, key: str) -> NDArray[np.float32]:
-        """An adapter's coefficients: float32 ``[layout.size]``."""
+    async def read(self, key: str, version: int) -> NDArray[np.float32]:
+        """The coefficients of a version held: float32 ``[layout.size]``."""
         ...
 
     async def drop(self, key: str) -> None:
         """Forgets an adapter."""
         ...
 
-    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
-        """Scores every context at every point, None being the model itself; by point, then by context."""
+    async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        """Scores every context at a point, None being the model itself."""
         ...
 
     async def generate(

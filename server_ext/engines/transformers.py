@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +40,7 @@ class TransformersEngine:
 
     name: Literal["transformers"] = "transformers"
     version = transformers.__version__
+    tokens_at_once = 8 * TOKENS_PER_BATCH
 
     def __init__(
         self,
@@ -87,25 +88,29 @@ class TransformersEngine:
         layout: Layout,
         distribution: Distribution,
         basis: dict[str, NDArray[np.float32]],
-        flat: NDArray[np.float32] | None,
-        version: int,
-    ) -> str:
+    ) -> None:
         tensors = {name: torch.from_numpy(vectors) for name, vectors in basis.items()}
-        start = None if flat is None else torch.from_numpy(flat)
-        return await self._run(self._store.put, key, layout, distribution, tensors, start, version)
+        await self._run(self._store.put, key, layout, distribution, tensors)
 
-    async def update(self, key: str, update: Update) -> str:
-        return await self._run(lambda: self._store[key].update(update))
+    async def hold(
+        self,
+        key: str,
+        version: int,
+        base: int | NDArray[np.float32] | None,
+        update: Update | None,
+        keep: Collection[int],
+    ) -> str:
+        start = torch.from_numpy(base) if isinstance(base, np.ndarray) else base
+        return await self._run(lambda: self._store[key].hold(version, start, update, keep))
 
-    async def read(self, key: str) -> NDArray[np.float32]:
-        return await self._run(lambda: self._store[key].coefficients.flat.cpu().numpy())
+    async def read(self, key: str, version: int) -> NDArray[np.float32]:
+        return await self._run(lambda: self._store[key][version].flat.cpu().numpy())
 
     async def drop(self, key: str) -> None:
         await self._run(self._store.drop, key)
 
-    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
-        # One call a point, so that another tenant's point may run between two of this one's.
-        return [await self._run(self._score, point, contexts) for point in points]
+    async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        return await self._run(self._score, point, contexts)
 
     async def generate(
         self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
@@ -122,7 +127,7 @@ class TransformersEngine:
             yield
             return
         state = self._store[point.key]
-        matrices = state.layout.matrices(state.coefficients_at(point))
+        matrices = state.layout.matrices(state[point.version].at(point.seed, point.epsilon))
 
         def hook(vectors: torch.Tensor, matrix: torch.Tensor, _: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             reduced = args[0].to(torch.float32) @ vectors

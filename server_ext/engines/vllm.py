@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ from zoact_remote.wire import Update
 FIRST_LORA_ID = 1 << 24
 """vLLM numbers the adapters that it loads itself from 1; ours start far above."""
 METRICS_NAME = "zoact"
+STEPS_AHEAD = 8
 LORA_IDS_KEPT = 4096
 """Points whose number is remembered, so that asking again finds the slot filled."""
 
@@ -56,6 +57,8 @@ class VllmEngine:
             vocabulary=config.get_vocab_size(),
             max_tokens=config.max_model_len,
         )
+        # What one step of the scheduler takes, some times over: it must never run dry.
+        self.tokens_at_once = STEPS_AHEAD * client.vllm_config.scheduler_config.max_num_batched_tokens
         self._lora_ids: OrderedDict[str, int] = OrderedDict()
         self._next_lora_id = itertools.count(FIRST_LORA_ID)
         self._next_request = itertools.count()
@@ -119,27 +122,30 @@ class VllmEngine:
         layout: Layout,
         distribution: Distribution,
         basis: dict[str, NDArray[np.float32]],
-        flat: NDArray[np.float32] | None,
-        version: int,
-    ) -> str:
+    ) -> None:
         tensors = save({name: torch.from_numpy(vectors) for name, vectors in basis.items()})
-        start = None if flat is None else save({"flat": torch.from_numpy(flat)})
-        return str(await self._call("zoact_put", key, _layout(layout), distribution, tensors, start, version))
+        await self._call("zoact_put", key, _layout(layout), distribution, tensors)
 
-    async def update(self, key: str, update: Update) -> str:
-        return str(await self._call("zoact_update", key, json.dumps(update.to_json())))
+    async def hold(
+        self,
+        key: str,
+        version: int,
+        base: int | NDArray[np.float32] | None,
+        update: Update | None,
+        keep: Collection[int],
+    ) -> str:
+        start = save({"flat": torch.from_numpy(base)}) if isinstance(base, np.ndarray) else base
+        content = None if update is None else json.dumps(update.to_json())
+        return str(await self._call("zoact_hold", key, version, start, content, list(keep)))
 
-    async def read(self, key: str) -> NDArray[np.float32]:
-        return load(await self._call("zoact_read", key))["flat"].numpy()
+    async def read(self, key: str, version: int) -> NDArray[np.float32]:
+        return load(await self._call("zoact_read", key, version))["flat"].numpy()
 
     async def drop(self, key: str) -> None:
         await self._call("zoact_drop", key)
 
-    async def score(self, points: Sequence[Point | None], contexts: Sequence[Context]) -> list[list[ContextScore]]:
-        # Point by point, so that a point's tokens lie together in the scheduler's batches.
-        requests = [self._score(point, context) for point in points for context in contexts]
-        scores = await asyncio.gather(*requests)
-        return [scores[i : i + len(contexts)] for i in range(0, len(scores), len(contexts))]
+    async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+        return await asyncio.gather(*(self._score(point, context) for context in contexts))
 
     async def _score(self, point: Point | None, context: Context) -> ContextScore:
         inner = context.tokens[context.start :]

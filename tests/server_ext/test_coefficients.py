@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server_ext.coefficients import Coefficients
+from server_ext.noise import Noise
 from tests.strategies import SEEDS, layouts, updates
 from zoact_remote import Update
 from zoact_remote.digest import coefficients_digest
@@ -21,9 +22,9 @@ HISTORIES = st.lists(updates(), max_size=5)
 @given(layouts(), HISTORIES)
 def test_rademacher_coefficients_are_the_replayed_ones_bit_for_bit(layout: Layout, history: list[Update]) -> None:
     """With a normaliser too: IEEE 754 rounds square roots and quotients correctly, and nothing else is inexact."""
-    coefficients = Coefficients(layout, "rademacher")
+    coefficients = Coefficients(Noise(layout, "rademacher"))
     for i, update in enumerate(history):
-        coefficients.apply(update)
+        coefficients = coefficients.after(update)
         expected = replay(layout, "rademacher", history[: i + 1])
         np.testing.assert_array_equal(coefficients.flat.numpy().view(np.uint32), expected.view(np.uint32))
         assert coefficients.digest() == coefficients_digest(expected, layout)
@@ -31,8 +32,7 @@ def test_rademacher_coefficients_are_the_replayed_ones_bit_for_bit(layout: Layou
 
 @given(layouts(), updates())
 def test_gaussian_coefficients_agree_up_to_rounding(layout: Layout, update: Update) -> None:
-    coefficients = Coefficients(layout, "gaussian")
-    coefficients.apply(update)
+    coefficients = Coefficients(Noise(layout, "gaussian")).after(update)
     expected = apply_update(np.zeros(layout.size, np.float32), layout, "gaussian", update)
     # One unit of the noise's last place, at the size that the terms reach before they cancel.
     reach = np.zeros(layout.size)
@@ -48,7 +48,7 @@ def test_gaussian_coefficients_agree_up_to_rounding(layout: Layout, update: Upda
 
 @given(layouts(), SEEDS, st.floats(2**-20, 1e3), st.sampled_from([1, -1]))
 def test_a_perturbation_is_epsilon_times_the_direction(layout: Layout, seed: int, epsilon: float, sign: int) -> None:
-    found = Coefficients(layout, "rademacher").perturbation(seed, sign * epsilon)
+    found = Noise(layout, "rademacher").draw(seed, sign * epsilon)
     expected = np.float32(sign * epsilon) * direction(layout, "rademacher", seed)
     np.testing.assert_array_equal(found.numpy(), expected)
 
@@ -58,22 +58,21 @@ def test_the_digest_is_numpys_whatever_the_bits(layout: Layout, seed: int) -> No
     """Negative zeros, subnormal numbers, infinities and NaNs with their payloads too."""
     bits = np.random.default_rng(seed).integers(0, 2**32, layout.size, dtype=np.uint32)
     flat = bits.view(np.float32)
-    found = Coefficients(layout, "rademacher", flat=torch.from_numpy(flat.copy())).digest()
+    found = Coefficients(Noise(layout, "rademacher"), torch.from_numpy(flat.copy())).digest()
     assert found == coefficients_digest(flat, layout)
 
 
-def test_an_update_leaves_a_reader_what_it_read() -> None:
+def test_an_update_leaves_what_it_starts_from_as_it_was() -> None:
     layout = Layout((Site(0, "a", "a", 4, 100),), 1)
-    coefficients = Coefficients(layout, "rademacher")
-    coefficients.apply(Update(0, ((1, 0.5),)))
-    read, copy = coefficients.flat, coefficients.flat.clone()
-    coefficients.perturbation(2, 0.5).add_(1)
-    coefficients.apply(Update(1, ((2, 0.5),), decay=0.5))
-    assert torch.equal(read, copy)
-    assert not torch.equal(coefficients.flat, copy)
+    first = Coefficients(Noise(layout, "rademacher")).after(Update(0, ((1, 0.5),)))
+    copy = first.flat.clone()
+    first.at(2, 0.5).add_(1)
+    second = first.after(Update(1, ((2, 0.5),), decay=0.5))
+    assert torch.equal(first.flat, copy)
+    assert not torch.equal(second.flat, copy)
 
 
 def test_coefficients_of_another_shape_are_refused() -> None:
     layout = Layout((Site(0, "a", "a", 4, 100),), 1)
     with pytest.raises(ValueError, match=r"shape \[128\]"):
-        Coefficients(layout, "rademacher", flat=torch.zeros(100))
+        Coefficients(Noise(layout, "rademacher"), torch.zeros(100))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +10,7 @@ import numpy as np
 import pytest
 
 from server_ext import basis_files
-from server_ext.engines.transformers import TransformersEngine
 from server_ext.model_digest import SAMPLE, checkpoint_directory, model_digest
-from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
-from server_ext.service import Service
 from server_ext.store import basis_digest
 
 
@@ -84,37 +80,3 @@ def test_a_directory_is_its_own_checkpoint(tiny_model: Path, tmp_path: Path) -> 
     assert checkpoint_directory(str(tiny_model)) == tiny_model
     with pytest.raises(FileNotFoundError):
         model_digest(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> TransformersEngine:
-    return TransformersEngine(str(tiny_model))
-
-
-def test_a_server_does_not_start_on_what_it_cannot_restore(tmp_path: Path, engine: TransformersEngine) -> None:
-    """A damaged basis is an error at start, not another function in silence."""
-
-    async def make() -> None:
-        service = Service(engine, tmp_path)
-        await service.create(CreateAdapter(name="acme/triage", basis=BasisSpec(source="random")))
-        await service.calibrate("acme/triage", Calibrate())
-        await service.registry.close()
-
-    async def restore() -> None:
-        service = Service(engine, tmp_path)
-        try:
-            await service.registry.restore()
-        finally:
-            await service.registry.close()
-
-    asyncio.run(asyncio.wait_for(make(), 30))
-    asyncio.run(asyncio.wait_for(restore(), 30))
-    (path,) = (tmp_path / "bases").iterdir()
-    vectors = basis_files.read(path)
-    name = next(iter(vectors))
-    basis_files.write(path, vectors | {name: vectors[name] * np.float32(2)})
-    with pytest.raises(ValueError, match="is damaged"):
-        asyncio.run(asyncio.wait_for(restore(), 30))
-    path.unlink()
-    with pytest.raises(FileNotFoundError):
-        asyncio.run(asyncio.wait_for(restore(), 30))

@@ -8,27 +8,33 @@ import tempfile
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server_ext.journal import AdapterRow, Journal, UpdateRow
+from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.schemas import BasisInfo
 from tests.strategies import updates
 from zoact_remote import Update
 
+BEFORE = "sha256:before"
 CREATED = datetime(2026, 7, 1, 12, 30, 15, 123456, tzinfo=timezone.utc)
 
 
 def adapter_row(key: str, name: str = "acme/triage") -> AdapterRow:
     sites = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj")
-    return AdapterRow(key, name, 4, sites, "gaussian", 1, BasisInfo(positions="both"), CREATED)
+    return AdapterRow(key, name, "sha256:model", 4, sites, "gaussian", 1, BasisInfo(positions="both"), CREATED)
 
 
-def contents(rows: list[UpdateRow]) -> list[tuple[int, Update, str | None]]:
-    return [(row.version, row.update, row.digest) for row in rows]
+Written: TypeAlias = tuple[int, Change, str, str | None]
+"""Version, change, digest before and after."""
+
+
+def contents(entries: list[Entry]) -> list[Written]:
+    return [(entry.version, entry.change, entry.digest_before, entry.digest) for entry in entries]
 
 
 class JournalMachine(RuleBasedStateMachine):
@@ -42,7 +48,7 @@ class JournalMachine(RuleBasedStateMachine):
         self.path = self.directory / "journal.sqlite"
         self.journal = Journal(self.path)
         self.adapters: dict[str, AdapterRow] = {}
-        self.history: dict[str, list[tuple[int, Update, str | None]]] = {}
+        self.history: dict[str, list[Written]] = {}
         self.made = 0
 
     def teardown(self) -> None:
@@ -72,38 +78,65 @@ class JournalMachine(RuleBasedStateMachine):
         self.journal.set_basis(key, basis)
         self.adapters[key] = replace(self.adapters[key], basis=basis)
 
-    @rule(key=keys, update=updates(), idempotency=st.none() | st.sampled_from("xyz"), lag=st.integers(-1, 1))
-    def append(self, key: str, update: Update, idempotency: str | None, lag: int) -> None:
+    @rule(
+        key=keys,
+        update=updates(),
+        back=st.none() | st.integers(0, 9),
+        idempotency=st.none() | st.sampled_from("xyz"),
+        lag=st.integers(-1, 1),
+    )
+    def append(self, key: str, update: Update, back: int | None, idempotency: str | None, lag: int) -> None:
         history = self.history[key]
-        update = replace(update, base_version=max(0, len(history) + lag), key=idempotency)
-        taken = idempotency is not None and idempotency in {u.key for _, u, _ in history}
-        if update.base_version != len(history):
+        base = max(0, len(history) + lag)
+        change: Change = replace(update, base_version=base, key=idempotency)
+        if back is not None:
+            change = Rollback(base, min(back, len(history)), idempotency)
+        taken = idempotency is not None and idempotency in {written.key for _, written, _, _ in history}
+        before = f"sha256:{len(history)}"
+        if base != len(history):
             with pytest.raises(ValueError, match="cannot follow"):
-                self.journal.append(key, update)
+                self.journal.append(key, change, before)
         elif taken:
             with pytest.raises(sqlite3.IntegrityError):
-                self.journal.append(key, update)
+                self.journal.append(key, change, before)
         else:
-            assert self.journal.append(key, update) == len(history) + 1
-            history.append((len(history) + 1, update, None))
+            assert self.journal.append(key, change, before) == len(history) + 1
+            history.append((len(history) + 1, change, before, None))
 
     @rule(key=keys, digest=st.sampled_from(["sha256:1", "sha256:2"]), data=st.data())
     def set_digest(self, key: str, digest: str, data: st.DataObject) -> None:
         if self.history[key]:
             version = data.draw(st.integers(1, len(self.history[key])))
             self.journal.set_digest(key, version, digest)
-            self.history[key][version - 1] = (*self.history[key][version - 1][:2], digest)
+            self.history[key][version - 1] = (*self.history[key][version - 1][:3], digest)
+
+    @rule(key=keys, known=st.sets(st.integers(1, 9)), data=st.data())
+    def find_path(self, key: str, known: set[int], data: st.DataObject) -> None:
+        """The path makes what making every version in turn makes."""
+        history = self.history[key]
+        version = data.draw(st.integers(0, len(history)))
+        made: list[tuple[int, ...]] = [()]
+        for number, change, _, _ in history:
+            made.append(made[change.to_version] if isinstance(change, Rollback) else (*made[number - 1], number))
+        start, entries = self.journal.path(key, version, known)
+        assert start == 0 or start in known
+        state = made[start]
+        for entry in entries:
+            assert entry.version not in known
+            state = state if isinstance(entry.change, Rollback) else (*state, entry.version)
+        assert state == made[version]
+        assert (entries[-1].version if entries else start) == version
 
     @rule(key=keys, idempotency=st.sampled_from("xyz"))
     def find(self, key: str, idempotency: str) -> None:
         found = self.journal.find(key, idempotency)
-        expected = [entry for entry in self.history[key] if entry[1].key == idempotency]
+        expected = [written for written in self.history[key] if written[1].key == idempotency]
         assert contents([found] if found else []) == expected
 
     @rule(key=keys, after=st.integers(0, 5), until=st.none() | st.integers(0, 5), limit=st.integers(0, 3))
     def page(self, key: str, after: int, until: int | None, limit: int) -> None:
         last = len(self.history[key]) if until is None else until
-        assert contents(self.journal.updates(key, after, until, limit)) == self.history[key][after:last][:limit]
+        assert contents(self.journal.entries(key, after, until, limit)) == self.history[key][after:last][:limit]
 
     @rule()
     def reopen(self) -> None:
@@ -127,7 +160,7 @@ class JournalMachine(RuleBasedStateMachine):
         assert self.journal.adapters() == list(self.adapters.values())
         for key, history in self.history.items():
             assert self.journal.newest(key) == len(history)
-            assert contents(self.journal.updates(key)) == history
+            assert contents(self.journal.entries(key)) == history
 
     @invariant()
     def another_connection_sees_it(self) -> None:
@@ -157,7 +190,7 @@ def test_every_commit_waits_for_the_disk(path: Path) -> None:
 def test_a_removed_adapters_history_is_not_its_successors(path: Path) -> None:
     journal = Journal(path)
     journal.add_adapter(adapter_row("first"))
-    journal.append("first", Update(0, ((1, 0.5),), key="k"))
+    journal.append("first", Update(0, ((1, 0.5),), key="k"), BEFORE)
     journal.remove_adapter("first")
     journal.add_adapter(adapter_row("second"))
     assert journal.newest("first") == journal.newest("second") == 0
@@ -167,36 +200,36 @@ def test_a_removed_adapters_history_is_not_its_successors(path: Path) -> None:
 def test_an_update_of_an_unknown_adapter_is_refused(path: Path) -> None:
     journal = Journal(path)
     with pytest.raises(sqlite3.IntegrityError):
-        journal.append("nobody", Update(0, ((1, 0.5),)))
+        journal.append("nobody", Update(0, ((1, 0.5),)), BEFORE)
 
 
 def test_a_refused_update_leaves_no_transaction_open(path: Path) -> None:
     journal = Journal(path)
     journal.add_adapter(adapter_row("a"))
     with pytest.raises(ValueError, match="cannot follow"):
-        journal.append("a", Update(3, ()))
-    assert journal.append("a", Update(0, ())) == 1
+        journal.append("a", Update(3, ()), BEFORE)
+    assert journal.append("a", Update(0, ()), BEFORE) == 1
     second = Journal(path)
-    assert second.append("a", Update(1, ())) == 2
+    assert second.append("a", Update(1, ()), BEFORE) == 2
 
 
 def test_times_are_kept_with_their_zone(path: Path) -> None:
     journal = Journal(path)
     journal.add_adapter(adapter_row("a"))
-    journal.append("a", Update(0, ()))
-    (row,) = journal.updates("a")
+    journal.append("a", Update(0, ()), BEFORE)
+    (entry,) = journal.entries("a")
     assert journal.adapters()[0].created == CREATED
-    assert row.time.utcoffset() == timedelta(0)
-    assert abs(row.time - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    assert entry.time.utcoffset() == timedelta(0)
+    assert abs(entry.time - datetime.now(timezone.utc)) < timedelta(minutes=1)
 
 
-@pytest.mark.parametrize("found", [2, 99, -1])
+@pytest.mark.parametrize("found", [1, 99, -1])
 def test_a_journal_of_another_format_is_refused(path: Path, found: int) -> None:
     Journal(path).close()
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA user_version={found}")
     db.close()
-    with pytest.raises(ValueError, match=f"format {found}; this release reads format 1"):
+    with pytest.raises(ValueError, match=f"format {found}; this release reads format 2"):
         Journal(path)
 
 
@@ -204,3 +237,22 @@ def test_a_file_that_is_no_journal_is_refused(path: Path) -> None:
     path.write_text("not a database, and long enough to be seen as such" * 100)
     with pytest.raises(sqlite3.DatabaseError):
         Journal(path)
+
+
+def test_a_commit_that_fails_leaves_nothing_behind(path: Path) -> None:
+    """The disk is full: SQLite says so when the log would grow."""
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count={pages + 2}")
+
+    def fill() -> None:
+        for version in range(100):
+            journal.append("a", Update(version, tuple((seed, 0.5) for seed in range(500))), BEFORE)
+
+    with pytest.raises(sqlite3.OperationalError, match="full"):
+        fill()
+    written = journal.newest("a")
+    assert contents(journal.entries("a"))[-1][0] == written > 0
+    journal._db.execute(f"PRAGMA max_page_count={pages + 100}")
+    assert journal.append("a", Update(written, ()), BEFORE) == written + 1

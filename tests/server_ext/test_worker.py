@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from server_ext.basis import random_test_matrix
+from server_ext.coefficients import Coefficients
+from server_ext.noise import Noise
 from server_ext.store import AdapterStore, Point
 from zoact_remote import Update
 from zoact_remote.layout import Layout, Site
@@ -27,18 +29,15 @@ def loras_at(dtype: torch.dtype, epsilon: float) -> tuple[dict[str, torch.Tensor
     worker = ZoActWorker()
     worker.zoact_dtype = dtype
     worker.zoact_store = AdapterStore(torch.device("cpu"))
-    worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)}, None, 0)
-    digest = worker.zoact_store["key"].update(UPDATE)
+    worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)})
+    digest = worker.zoact_store["key"].hold(1, None, UPDATE, keep=())
     loras = worker.zoact_lora(7, Point("key", 1, digest, SEED, epsilon)).loras
     assert all(lora.scaling == 1 for lora in loras.values())
     return {name: lora.lora_a for name, lora in loras.items()}, {name: lora.lora_b for name, lora in loras.items()}
 
 
 def coefficients() -> dict[str, torch.Tensor]:
-    store = AdapterStore(torch.device("cpu"))
-    store.put("key", LAYOUT, "rademacher", {}, None, 0)
-    store["key"].update(UPDATE)
-    return LAYOUT.matrices(store["key"].coefficients.flat)
+    return LAYOUT.matrices(Coefficients(Noise(LAYOUT, "rademacher")).after(UPDATE).flat)
 
 
 def noise() -> dict[str, torch.Tensor]:

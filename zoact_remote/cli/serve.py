@@ -13,10 +13,17 @@ import typer
 
 from zoact_remote.cli import options
 from zoact_remote.cli.output import CommandFailed, reporting
-from zoact_remote.cli.vllm_command import VllmCommand, installed_plugins, is_cpu_build, vllm_command
+from zoact_remote.cli.vllm_command import (
+    SECRETS,
+    VllmCommand,
+    flags,
+    installed_plugins,
+    is_cpu_build,
+    key_environment,
+    vllm_command,
+)
 
 DEFAULT_STATE = Path("zoact-state")
-SECRET = "VLLM_API_KEY"
 SERVER_PACKAGES = ("fastapi", "pydantic", "safetensors", "structlog", "torch", "transformers", "uvicorn")
 
 
@@ -35,7 +42,18 @@ def serve(
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter (vLLM).", min=1)] = 8,
     slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=1)] = 8,
     api_key: Annotated[
-        str | None, typer.Option(help="The key that clients must send.", envvar="ZOACT_API_KEY", metavar="KEY")
+        str | None,
+        typer.Option(help="The operator's key, which opens everything.", envvar="ZOACT_API_KEY", metavar="KEY"),
+    ] = None,
+    keys: Annotated[
+        Path | None,
+        typer.Option(
+            help="Digests of the operators' and the tenants' keys, with limits, in TOML.",
+            envvar="ZOACT_KEYS",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     print_only: Annotated[
         bool, typer.Option("--print", help="Show vLLM's command and environment, and do not run it.")
@@ -46,11 +64,12 @@ def serve(
     Flags after -- are vLLM's own, and win: zoact serve MODEL -- --max-model-len 4096
     """
     with reporting(as_json=False):
+        _check_listening(flags(context.args).get("--host") or host, api_key, keys)
         if engine == "transformers":
             if print_only or context.args:
                 raise CommandFailed("--print and flags after -- are for --engine vllm")
             _require(SERVER_PACKAGES, "server")
-            _run_transformers(model, host, port, state, dtype, api_key)
+            _run_transformers(model, host, port, state, dtype, api_key, keys)
             return
         if not print_only:
             _require(("vllm",), "vllm")
@@ -64,6 +83,7 @@ def serve(
             max_rank=max_rank,
             slots=slots,
             api_key=api_key,
+            keys=keys,
             extra=context.args,
             on_cpu=is_cpu_build(),
             environment=os.environ,
@@ -94,7 +114,7 @@ def _require(packages: Sequence[str], extra: str) -> None:
 def _shown(command: VllmCommand) -> str:
     """The command for a shell, a flag a line, without secrets."""
     changes = [
-        f"{name}={'***' if name == SECRET else shlex.quote(value)}"
+        f"{name}={'***' if name in SECRETS else shlex.quote(value)}"
         for name, value in sorted(command.environment.items())
     ]
     lines = [" ".join(map(shlex.quote, command.arguments[:3]))]
@@ -106,7 +126,20 @@ def _shown(command: VllmCommand) -> str:
     return " \\\n  ".join([*changes, *lines])
 
 
-def _run_transformers(model: str, host: str, port: int, state: Path, dtype: str | None, api_key: str | None) -> None:
+def _check_listening(host: str, api_key: str | None, keys: Path | None) -> None:
+    from zoact_remote.transport import is_loopback
+
+    if not is_loopback(host) and api_key is None and keys is None:
+        raise CommandFailed(
+            f"--host {host}: whoever reaches this address could read and change every adapter; give --api-key or "
+            "--keys, or listen on 127.0.0.1"
+        )
+
+
+def _run_transformers(
+    model: str, host: str, port: int, state: Path, dtype: str | None, api_key: str | None, keys: Path | None
+) -> None:
     from server_ext.app import serve as serve_app
 
-    serve_app(model, host, port, state, dtype or "float32", [api_key] if api_key else [])
+    os.environ |= key_environment(api_key, keys)
+    serve_app(model, host, port, state, dtype or "float32")

@@ -15,6 +15,8 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM has slots for."""
+SECRETS = ("VLLM_API_KEY", "ZOACT_API_KEY")
+SHUTDOWN_S = 60
 CPU_ENVIRONMENT = {
     # In GiB. By default vLLM takes up to half of the memory.
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -54,6 +56,7 @@ def vllm_command(
     max_rank: int,
     slots: int,
     api_key: str | None,
+    keys: Path | None,
     extra: Sequence[str],
     on_cpu: bool,
     environment: Mapping[str, str],
@@ -69,17 +72,18 @@ def vllm_command(
         dtype: of the weights; None for float32 on the CPU and vLLM's choice elsewhere.
         max_rank: largest rank of an adapter.
         slots: adapters and probes in a batch.
-        api_key: None for none.
+        api_key: the operator's; None for none.
+        keys: file of tenants' keys; None for none.
         extra: flags for vLLM. They win: no flag that is there is added.
         on_cpu: whether this vLLM is the CPU's.
         environment: as it is.
         plugins: vLLM plug-ins that are installed; see :func:`installed_plugins`.
 
     """
-    given = _flags(extra)
+    given = flags(extra)
     dtype = dtype or ("float32" if on_cpu else "auto")
     loras = given.get("--max-loras") or str(slots)
-    flags: list[tuple[str, list[str]]] = [
+    wanted: list[tuple[str, list[str]]] = [
         ("--model", [model]),
         ("--host", [host]),
         ("--port", [str(port)]),
@@ -91,21 +95,30 @@ def vllm_command(
         ("--max-lora-rank", [str(lora_rank(max_rank, given.get("--dtype") or dtype))]),
         ("--lora-target-modules", list(LAYERS)),
         ("--worker-extension-cls", [WORKER_EXTENSION]),
+        # Requests that run when the server is told to stop may end.
+        ("--shutdown-timeout", [str(SHUTDOWN_S)]),
     ]
     if on_cpu:
         # Compiled code would bypass the grouped LoRA kernels.
-        flags.append(("--enforce-eager", []))
+        wanted.append(("--enforce-eager", []))
     arguments = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-    for name, values in flags:
+    for name, values in wanted:
         if name not in given:
             arguments += [name, *values]
     changes = {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins), "ZOACT_STATE": str(state.resolve())}
+    changes |= key_environment(api_key, keys)
     if api_key is not None:
-        # Not a flag: every user of the machine can read those.
+        # vLLM's own routes ask for it too.
         changes["VLLM_API_KEY"] = api_key
     if on_cpu:
         changes |= {name: value for name, value in CPU_ENVIRONMENT.items() if name not in environment}
     return VllmCommand([*arguments, *extra], changes)
+
+
+def key_environment(api_key: str | None, keys: Path | None) -> dict[str, str]:
+    """The variables by which the server learns of keys: not flags, which every user of the machine can read."""
+    found = {"ZOACT_API_KEY": api_key, "ZOACT_KEYS": None if keys is None else str(keys.resolve())}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def lora_rank(max_rank: int, dtype: str) -> int:
@@ -143,7 +156,7 @@ def is_cpu_build() -> bool:
     return True
 
 
-def _flags(extra: Sequence[str]) -> dict[str, str | None]:
+def flags(extra: Sequence[str]) -> dict[str, str | None]:
     """Flags by their full name, with the value after them if there is one. ``--no-x`` counts as ``--x``."""
     found: dict[str, str | None] = {}
     for i, argument in enumerate(extra):

@@ -1,0 +1,210 @@
+"""What every call passes on its way to the service: readiness, keys, limits and the log."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fastapi import Request, Response, status
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.types import Message
+from structlog.contextvars import bound_contextvars
+
+from server_ext import schemas
+from server_ext.errors import ApiError
+from server_ext.logs import log
+from server_ext.rate import RateLimit
+from server_ext.service import Service
+from server_ext.tenants import Tenants
+
+REQUEST_ID = "x-request-id"
+READY_RETRY_S = 1
+DRAIN_S = 30.0
+
+_UNION_TAGS = {"CompletionRow", "ChoicesRow", "str", "body", "query", "path"}
+
+
+class Gate:
+    """One server's gate: it stands at ``app.state.zoact`` from the first call on.
+
+    Args:
+        service: whose adapters are brought back by :meth:`restore`.
+        tenants: who may come in.
+
+    """
+
+    def __init__(self, service: Service, tenants: Tenants) -> None:
+        self.service = service
+        self.tenants = tenants
+        self.rate = RateLimit()
+        self._ready = False
+        self._draining = False
+        self._calls = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def restore(self) -> None:
+        """Brings every adapter back; calls are refused until then."""
+        started = time.perf_counter()
+        await self.service.registry.restore()
+        self._ready = True
+        log.info("ready", adapters=len(self.service.registry.all()), seconds=round(time.perf_counter() - started, 3))
+
+    async def drain(self, timeout: float = DRAIN_S) -> None:
+        """Refuses further calls, waits for those under way and leaves everything on disk."""
+        if self._draining:
+            return
+        self._draining = True
+        log.info("draining", calls=self._calls)
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except asyncio.TimeoutError:
+            log.warning("calls cut off", calls=self._calls)
+        await self.service.registry.close()
+        self.tenants.close()
+        log.info("drained")
+
+    def check_ready(self) -> None:
+        """Raises ApiError (503) while adapters come back, and once the server is about to stop."""
+        if self._draining:
+            raise ApiError(503, "draining", "the server is about to stop", retry_after=READY_RETRY_S)
+        if not self._ready:
+            raise ApiError(503, "not_ready", "the server is still starting", retry_after=READY_RETRY_S)
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """A call under way, which a stopping server waits for."""
+        self.check_ready()
+        self._calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._calls -= 1
+            if not self._calls:
+                self._idle.set()
+
+    def list_tenants(self) -> schemas.TenantList:
+        owners = [adapter.row.name.partition("/")[0] for adapter in self.service.registry.all()]
+        return schemas.TenantList(
+            tenants=[
+                schemas.TenantInfo(
+                    name=tenant.name,
+                    limits=tenant.limits,
+                    adapters=owners.count(tenant.name),
+                    created=tenant.created,
+                )
+                for tenant in self.tenants.all()
+            ]
+        )
+
+
+class PlainRoute(APIRoute):
+    """Answers errors in OpenAI's shape and every call with a request id, whatever handlers the app around it has."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            request_id = request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
+            response: Response
+            try:
+                response = await self.answer(request, handle, request_id)
+            except ApiError as error:
+                response = _response(error, request_id)
+            except RequestValidationError as error:
+                response = _response(_validation_error(error), request_id)
+            except RecursionError:
+                response = _response(ApiError(400, "invalid_value", "the body is nested too deeply"), request_id)
+            except Exception:
+                log.exception("request failed", request_id=request_id, path=request.url.path)
+                failed = ApiError(
+                    500, "internal_error", "the server failed; its log has the details under this request id"
+                )
+                response = _response(failed, request_id)
+            response.headers[REQUEST_ID] = request_id
+            return response
+
+        return handler
+
+    async def answer(
+        self, request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]], request_id: str
+    ) -> Response:
+        return await handle(request)
+
+
+class ZoActRoute(PlainRoute):
+    """A call that a tenant makes: it is let in by its key, counted, limited in size and logged."""
+
+    async def answer(
+        self, request: Request, handle: Callable[[Request], Coroutine[Any, Any, Response]], request_id: str
+    ) -> Response:
+        gate: Gate | None = getattr(request.app.state, "zoact", None)
+        if gate is None:
+            raise ApiError(503, "not_ready", "the server is still starting", retry_after=READY_RETRY_S)
+        caller = gate.tenants.identify(request.headers.get("authorization", ""))
+        request.state.zoact_caller = caller
+        adapter = "/".join(request.path_params.values()) or None
+        # Whatever is logged on the way carries these; the service adds the version.
+        with bound_contextvars(request_id=request_id, tenant=caller.tenant, adapter=adapter):
+            started = time.perf_counter()
+            outcome: dict[str, Any] = {"status": status.HTTP_500_INTERNAL_SERVER_ERROR}
+            try:
+                with gate.call():
+                    gate.rate.take(caller.tenant or "", caller.limits.requests_per_minute)
+                    response = await handle(_limited(request, caller.limits.max_request_bytes))
+                outcome = {"status": response.status_code}
+                return response
+            except ApiError as error:
+                outcome = {"status": error.status, "code": error.code, "param": error.param}
+                raise
+            except RequestValidationError:
+                outcome = {"status": status.HTTP_400_BAD_REQUEST}
+                raise
+            finally:
+                seconds = round(time.perf_counter() - started, 4)
+                log.info("call", method=request.method, route=self.path, seconds=seconds, **outcome)
+
+
+def _limited(request: Request, most: int) -> Request:
+    """A request whose body is refused once it is longer than a number of bytes."""
+    too_large = ApiError(413, "request_too_large", f"the body exceeds max_request_bytes ({most})")
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > most:
+        raise too_large
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > most:
+            raise too_large
+        return message
+
+    return Request(request.scope, receive)
+
+
+def _response(error: ApiError, request_id: str) -> JSONResponse:
+    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+    return JSONResponse(error.body(request_id), error.status, headers)
+
+
+def _validation_error(error: RequestValidationError) -> ApiError:
+    """The first thing wrong with a request, and where."""
+    first = error.errors()[0]
+    path = ""
+    # Where a body that is no JSON breaks off is a place in the text, not a field.
+    for part in () if first["type"] == "json_invalid" else first["loc"]:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in _UNION_TAGS and not part.startswith(("list[", "constrained", "function-", "tuple[")):
+            path += f".{part}" if path else part
+    message = first["msg"].removeprefix("Value error, ")
+    return ApiError(400, "invalid_value", f"{path}: {message}" if path else message, path or None)

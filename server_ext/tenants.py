@@ -1,0 +1,271 @@
+"""Tenants: who makes a call, and what they may use.
+
+A key is kept as its SHA-256 digest alone: keys are random strings of 256 bits, so there is nothing that a slow hash
+would protect. They come from a file that the operator writes, from the environment, or from the operator's calls, which
+are kept in a SQLite file of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import sqlite3
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server_ext.errors import ApiError
+from server_ext.schemas import TENANT, TenantLimits
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KEY_VARIABLE = "ZOACT_API_KEY"
+FILE_VARIABLE = "ZOACT_KEYS"
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS tenants (name TEXT PRIMARY KEY, limits TEXT NOT NULL, created TEXT NOT NULL) STRICT;
+CREATE TABLE IF NOT EXISTS keys (
+    digest TEXT PRIMARY KEY,
+    tenant TEXT NOT NULL REFERENCES tenants(name) ON DELETE CASCADE
+) STRICT;
+"""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who makes a call.
+
+    Attributes:
+        tenant: a tenant's name; None for the operator, who may use everything.
+        limits: of the tenant.
+
+    """
+
+    tenant: str | None
+    limits: TenantLimits
+
+    def owns(self, adapter: str) -> bool:
+        """Whether the caller may use adapters of this name (``tenant/adapter``)."""
+        return self.tenant is None or adapter.partition("/")[0] == self.tenant
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """An account.
+
+    Attributes:
+        name: of the tenant, before the slash in its adapters' names.
+        limits: what it may use.
+        keys: digests of its keys.
+        created: when; None for a tenant of the keys file.
+
+    """
+
+    name: str
+    limits: TenantLimits
+    keys: frozenset[str]
+    created: datetime | None = None
+
+
+OPERATOR = Caller(None, TenantLimits.operators())
+
+
+class Tenants:
+    """Everybody who holds a key.
+
+    Args:
+        path: of the SQLite file.
+        operator_keys: keys, or digests of keys, that open everything. With none of them, and no tenant, there is nobody
+            to tell apart and every call is the operator's.
+        fixed: tenants of the keys file, which no call can change.
+
+    """
+
+    def __init__(self, path: Path, operator_keys: Iterable[str] = (), fixed: Iterable[Tenant] = ()) -> None:
+        self._operators = [key_digest(key) for key in operator_keys]
+        self._fixed = {tenant.name: tenant for tenant in fixed}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+            self._db.execute(f"PRAGMA {pragma}")
+        self._db.executescript(SCHEMA)
+        self._by_name = dict(self._fixed)
+        self._read()
+
+    @property
+    def open_to_all(self) -> bool:
+        """Whether there are no keys, so that whoever reaches the server is its operator."""
+        return not self._operators and not self._by_name
+
+    def identify(self, authorization: str) -> Caller:
+        """Whose call it is, by its Authorization header.
+
+        Raises:
+            ApiError: there are keys, and it holds none of them (401).
+
+        """
+        if self.open_to_all:
+            return OPERATOR
+        scheme, _, token = authorization.partition(" ")
+        sent = key_digest(token.strip()) if scheme.lower() == "bearer" else ""
+        found: Caller | None = None
+        # All digests are compared, each in constant time, so that the time taken tells nothing.
+        for digest in self._operators:
+            if hmac.compare_digest(sent, digest):
+                found = OPERATOR
+        for tenant in self._by_name.values():
+            for digest in tenant.keys:
+                if hmac.compare_digest(sent, digest):
+                    found = Caller(tenant.name, tenant.limits)
+        if found is None:
+            raise ApiError(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
+        return found
+
+    def all(self) -> list[Tenant]:
+        """Every tenant, by name."""
+        return sorted(self._by_name.values(), key=lambda tenant: tenant.name)
+
+    def limits(self, tenant: str) -> TenantLimits:
+        """A tenant's limits; none for a name that has no account, whose adapters only the operator can make."""
+        return self._by_name[tenant].limits if tenant in self._by_name else OPERATOR.limits
+
+    def add(self, name: str, limits: TenantLimits) -> str:
+        """Adds a tenant and returns its key, which is not kept.
+
+        Raises:
+            ApiError: it exists (409), or the server has no operator's key (409).
+
+        """
+        if not self._operators:
+            raise ApiError(
+                409, "no_operator_key", "give the server an operator's key first: the first tenant ends open access"
+            )
+        if name in self._by_name:
+            raise ApiError(409, "tenant_exists", f"a tenant {name!r} exists already", "name")
+        created = datetime.now(timezone.utc).isoformat()
+        self._db.execute("INSERT INTO tenants VALUES (?, ?, ?)", (name, limits.model_dump_json(), created))
+        return self._new_key(name)
+
+    def replace_key(self, name: str) -> str:
+        """A new key of a tenant, in place of those that it had; it is not kept.
+
+        Raises:
+            ApiError: the tenant is not there (404) or stands in the keys file (409).
+
+        """
+        self._check_changeable(name)
+        return self._new_key(name)
+
+    def change_limits(self, name: str, limits: TenantLimits) -> None:
+        """Raises ApiError for a tenant that is not there (404) or stands in the keys file (409)."""
+        self._check_changeable(name)
+        self._db.execute("UPDATE tenants SET limits = ? WHERE name = ?", (limits.model_dump_json(), name))
+        self._read()
+
+    def remove(self, name: str) -> None:
+        """Takes a tenant's keys away. Raises ApiError if it is not there (404) or stands in the keys file (409)."""
+        self._check_changeable(name)
+        self._db.execute("DELETE FROM tenants WHERE name = ?", (name,))
+        self._read()
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _new_key(self, name: str) -> str:
+        key = f"zo-{secrets.token_urlsafe(32)}"
+        self._db.execute("BEGIN IMMEDIATE")
+        self._db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
+        self._db.execute("INSERT INTO keys VALUES (?, ?)", (key_digest(key), name))
+        self._db.execute("COMMIT")
+        self._read()
+        return key
+
+    def _check_changeable(self, name: str) -> None:
+        if name in self._fixed:
+            raise ApiError(409, "tenant_fixed", f"{name!r} stands in the server's keys file: change it there", "tenant")
+        if name not in self._by_name:
+            raise ApiError(404, "tenant_not_found", f"there is no tenant {name!r}", "tenant")
+
+    def _read(self) -> None:
+        keys: dict[str, set[str]] = {}
+        for digest, name in self._db.execute("SELECT digest, tenant FROM keys"):
+            keys.setdefault(name, set()).add(digest)
+        kept = {
+            name: Tenant(
+                name,
+                TenantLimits.model_validate_json(limits),
+                frozenset(keys.get(name, ())),
+                datetime.fromisoformat(created),
+            )
+            for name, limits, created in self._db.execute("SELECT name, limits, created FROM tenants")
+        }
+        self._by_name = kept | self._fixed
+
+
+def key_digest(key: str) -> str:
+    """How a key is kept. A digest given in its place is taken as it is."""
+    return key if DIGEST.fullmatch(key) else "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+
+
+class _FileEntry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    keys: list[Annotated[str, Field(pattern=DIGEST.pattern)]]
+    limits: TenantLimits = Field(default_factory=TenantLimits)
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    operators: list[Annotated[str, Field(pattern=DIGEST.pattern)]] = []
+    tenants: dict[Annotated[str, Field(pattern=TENANT)], _FileEntry] = {}
+
+
+def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
+    """The tenants of a server whose state is in a directory, by what the environment says.
+
+    ``ZOACT_API_KEY`` holds the operator's key or its digest, ``ZOACT_KEYS`` the path of a keys file. Both add to the
+    operator's keys given.
+
+    Raises:
+        ValueError: the keys file cannot be read.
+
+    """
+    operators = [*operator_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
+    fixed: list[Tenant] = []
+    if os.environ.get(FILE_VARIABLE):
+        more, fixed = read_keys_file(Path(os.environ[FILE_VARIABLE]))
+        operators += more
+    return Tenants(directory / "tenants.sqlite", operators, fixed)
+
+
+def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:
+    """The operators' digests and the tenants of a keys file, in TOML::
+
+        operators = ["sha256:..."]
+
+        [tenants.acme]
+        keys = ["sha256:..."]
+        limits = { max_adapters = 8, requests_per_minute = 600 }
+
+    Raises:
+        ValueError: it cannot be read; the message names the field.
+
+    """
+    try:
+        file = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    return file.operators, [Tenant(name, entry.limits, frozenset(entry.keys)) for name, entry in file.tenants.items()]
