@@ -34,9 +34,9 @@ if TYPE_CHECKING:
         TooLarge,
         ZoActError,
     )
-    from zoact_remote.estimators import Estimate, Estimator, ForwardDifference, TwoPoint
+    from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate
-    from zoact_remote.optimizers import SGD, Adam, GaussianAdam, Optimizer
+    from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Task, load_jsonl
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
@@ -70,9 +70,9 @@ _NAMES = {
         "TooLarge",
         "ZoActError",
     ),
-    "estimators": ("Estimate", "Estimator", "ForwardDifference", "TwoPoint"),
+    "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate"),
-    "optimizers": ("Adam", "GaussianAdam", "Optimizer", "SGD"),
+    "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Task", "load_jsonl"),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
@@ -93,8 +93,10 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "FZOO",
     "SGD",
     "Adam",
+    "AdamW",
     "Adapter",
     "AdapterInfo",
     "AuthenticationError",
@@ -111,6 +113,7 @@ __all__ = [
     "History",
     "Info",
     "InvalidValue",
+    "LeaveOneOut",
     "Losses",
     "Normaliser",
     "NotFound",
