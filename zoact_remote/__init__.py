@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
     from zoact_remote.client import Client
+    from zoact_remote.epsilon import EpsilonChoice, choose_epsilon
     from zoact_remote.errors import (
         AuthenticationError,
         BadRequest,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "adapter": ("Adapter",),
     "client": ("Client",),
+    "epsilon": ("EpsilonChoice", "choose_epsilon"),
     "errors": (
         "AuthenticationError",
         "BadRequest",
@@ -105,6 +107,7 @@ __all__ = [
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EpsilonChoice",
     "Estimate",
     "Estimator",
     "Evaluation",
@@ -135,6 +138,7 @@ __all__ = [
     "UpdateResult",
     "ZoActError",
     "__version__",
+    "choose_epsilon",
     "constant",
     "cosine",
     "evaluate",
