@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         BadRequest,
         Conflict,
         ConnectionFailed,
+        Inconclusive,
         InvalidValue,
         NotFound,
         RateLimited,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate
+    from zoact_remote.learning_rate import RangeTest, find_learning_rate
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Task, load_jsonl
@@ -64,6 +66,7 @@ _NAMES = {
         "BadRequest",
         "Conflict",
         "ConnectionFailed",
+        "Inconclusive",
         "InvalidValue",
         "NotFound",
         "RateLimited",
@@ -74,6 +77,7 @@ _NAMES = {
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate"),
+    "learning_rate": ("RangeTest", "find_learning_rate"),
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Task", "load_jsonl"),
@@ -114,6 +118,7 @@ __all__ = [
     "ForwardDifference",
     "GaussianAdam",
     "History",
+    "Inconclusive",
     "Info",
     "InvalidValue",
     "LeaveOneOut",
@@ -122,6 +127,7 @@ __all__ = [
     "NotFound",
     "Optimizer",
     "Probe",
+    "RangeTest",
     "RateLimited",
     "Row",
     "Scores",
@@ -142,6 +148,7 @@ __all__ = [
     "constant",
     "cosine",
     "evaluate",
+    "find_learning_rate",
     "linear",
     "load_jsonl",
 ]

@@ -30,7 +30,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from zoact_remote.errors import InvalidValue
+from zoact_remote.errors import Inconclusive, InvalidValue
 from zoact_remote.wire import Losses, Probe, Row
 
 DISTANCES = tuple(2.0**power for power in range(-12, -2))
@@ -91,7 +91,7 @@ def choose_epsilon(
         version: to probe; None for the newest.
 
     Raises:
-        InvalidValue: the loss does not change along the probes, or is not finite, at so many distances that fewer than
+        Inconclusive: the loss does not change along the probes, or is not finite, at so many distances that fewer than
             5 are left.
 
     """
@@ -117,9 +117,7 @@ def _least_error(eps: NDArray[np.float64], odd: NDArray[np.float64]) -> EpsilonC
     first = int(np.argmax(seen))
     count = int(np.argmin(np.append(seen[first:], False)))
     if count < FEWEST:
-        raise InvalidValue(
-            "distances", f"the loss is finite, and changes, at {count} of them in a row; {FEWEST} are needed"
-        )
+        raise Inconclusive(f"the loss is finite, and changes, at {count} distances in a row; {FEWEST} are needed")
     eps, odd = eps[first : first + count], odd[:, first : first + count]
     squares = np.mean((odd[:, 1:] - 2.0 * odd[:, :-1]) ** 2, axis=0)
     foot = _foot(squares)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from zoact_remote import InvalidValue, Losses, choose_epsilon
+from zoact_remote import Inconclusive, InvalidValue, Losses, choose_epsilon
 from zoact_remote.epsilon import DISTANCES
 from zoact_remote.wire import Probe, ProbeLoss, Row
 
@@ -126,9 +126,9 @@ def test_distances_that_show_nothing_are_passed_over() -> None:
 
 
 def test_what_cannot_be_measured_is_said() -> None:
-    with pytest.raises(InvalidValue, match="at 0 of them"):
+    with pytest.raises(Inconclusive, match="at 0 distances"):
         choose_epsilon(Line(lambda seed, t: 1.0), ROWS)
-    with pytest.raises(InvalidValue, match="at 2 of them"):
+    with pytest.raises(Inconclusive, match="at 2 distances"):
         choose_epsilon(Line(lambda seed, t: t if abs(t) < 2.0**-10 else math.inf), ROWS)
     with pytest.raises(InvalidValue, match="seeds"):
         choose_epsilon(cubic(0.1, 1.0), ROWS, seeds=())
