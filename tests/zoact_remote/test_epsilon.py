@@ -104,13 +104,13 @@ def test_one_call_a_seed() -> None:
     line = cubic(1e-4, 300.0)
     choose_epsilon(line, ROWS, seeds=(3, 5), version=7)
     assert [(rows, version) for rows, _, version in line.calls] == [(ROWS, 7)] * 2
-    assert [[probe.seed for probe in probes] for _, probes, _ in line.calls] == [[3] * 10, [5] * 10]
+    assert [[probe.seed for probe in probes] for _, probes, _ in line.calls] == [[3] * 9, [5] * 9]
     assert [probe.epsilon for probe in line.calls[0][1]] == list(DISTANCES)
 
 
 def test_a_bias_lost_in_noise_leaves_the_farthest() -> None:
-    choice = choose_epsilon(cubic(0.05, 0.0), ROWS)
-    assert (choice.epsilon, choice.third_derivative) == (DISTANCES[-1], 0.0)
+    for trial in range(20):
+        assert choose_epsilon(cubic(0.05, 0.0, seed=trial), ROWS).epsilon >= DISTANCES[-2]
 
 
 def test_a_noise_below_all_bias_leaves_the_nearest() -> None:
