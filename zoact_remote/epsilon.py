@@ -37,7 +37,7 @@ DISTANCES = tuple(2.0**power for power in range(-12, -3))
 FLOOR = 3
 """Differences at the smallest distances that are taken for noise in any case."""
 FEWEST = FLOOR + 2
-"""Distances that a measurement needs: one more than differences, one of which may show bias."""
+"""Distances that a measurement needs: for the floor's differences and one more."""
 RISE = 8.0
 """How many times the mean of those before it a mean square must be, not to be taken for noise."""
 

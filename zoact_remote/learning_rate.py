@@ -3,9 +3,9 @@
 Every step takes the same rows, so that the loss shows what the coefficients do and not which rows came. Rates rise
 geometrically. At a low rate a step lowers the loss in proportion to the rate; what it costs, through the loss's
 curvature and the noise of the estimate, rises with the rate's square. The loss is therefore least where the two are
-equal: the rate of that step breaks even. Half of it lowers the loss most in one step. Half again is the rate to train
-at: the gradient falls as training goes on and its noise's cost does not, and a rate too high costs more than one as
-much too low.
+equal: the rate of that step breaks even. Half of it lowers the loss most in one step. A quarter of it is the rate to
+train at: the gradient falls as training goes on and its noise's cost does not, and a rate too high costs more than one
+as much too low.
 
 Source for the rising rates: Smith, "Cyclical learning rates for training neural networks", arXiv 1506.01186, section
 3.3, where they are judged by the accuracy on passing batches.
@@ -76,9 +76,7 @@ class RangeTest:
         """
         least = int(np.argmin(self.losses))
         if least == 0:
-            raise Inconclusive(
-                f"no learning rate from {self.learning_rates[0]:g} on lowered the loss: start lower, or take more rows"
-            )
+            raise Inconclusive("no learning rate lowered the loss: start at a lower one, or take more rows")
         return self.learning_rates[least - 1]
 
     @property

@@ -45,7 +45,7 @@ class Estimator(Protocol):
     """Turns losses under probes into a gradient. Holds no state between steps.
 
     For probes with E z = 0 and E z z' = I (Rademacher and Gaussian both), an estimate's mean is the gradient up to a
-    bias that vanishes with epsilon; an estimator that normalises says what of. All probes of a step are asked for at
+    bias that vanishes with epsilon, or what the estimator says in its place. All probes of a step are asked for at
     once, so that they travel in one call and run in one batch.
     """
 

@@ -18,7 +18,9 @@ class FZOO(ProbeSettings):
     A forward difference over s. For a linear loss and z = +-1, ``E s^2 = eps^2 |grad|^2`` (s^2 with the divisor q - 1),
     so that this estimates the gradient's direction, ``grad / |grad|``, whatever epsilon is: the same learning rate fits
     steep and flat ground. s takes up the losses' noise too, so that an epsilon at which rounding shows makes for small
-    steps. If all L_i are equal there is no spread to measure by, and the estimate is zero.
+    steps. The curvature that all probes share stands in the differences and not in s: an epsilon at which it outweighs
+    the slope makes for long, random ones. If all L_i are equal there is no spread to measure by, and the estimate is
+    zero.
 
     One forward pass a probe and one for the unperturbed loss.
 
