@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
     from zoact_remote.client import Client
+    from zoact_remote.epsilon import EpsilonChoice, choose_epsilon
     from zoact_remote.errors import (
         AuthenticationError,
         BadRequest,
         Conflict,
         ConnectionFailed,
+        Inconclusive,
         InvalidValue,
         NotFound,
         RateLimited,
@@ -34,9 +36,10 @@ if TYPE_CHECKING:
         TooLarge,
         ZoActError,
     )
-    from zoact_remote.estimators import Estimate, Estimator, ForwardDifference, TwoPoint
+    from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate
-    from zoact_remote.optimizers import SGD, Adam, GaussianAdam, Optimizer
+    from zoact_remote.learning_rate import RangeTest, find_learning_rate
+    from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Task, load_jsonl
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
@@ -57,11 +60,13 @@ if TYPE_CHECKING:
 _NAMES = {
     "adapter": ("Adapter",),
     "client": ("Client",),
+    "epsilon": ("EpsilonChoice", "choose_epsilon"),
     "errors": (
         "AuthenticationError",
         "BadRequest",
         "Conflict",
         "ConnectionFailed",
+        "Inconclusive",
         "InvalidValue",
         "NotFound",
         "RateLimited",
@@ -70,9 +75,10 @@ _NAMES = {
         "TooLarge",
         "ZoActError",
     ),
-    "estimators": ("Estimate", "Estimator", "ForwardDifference", "TwoPoint"),
+    "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate"),
-    "optimizers": ("Adam", "GaussianAdam", "Optimizer", "SGD"),
+    "learning_rate": ("RangeTest", "find_learning_rate"),
+    "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Task", "load_jsonl"),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
@@ -93,8 +99,10 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "FZOO",
     "SGD",
     "Adam",
+    "AdamW",
     "Adapter",
     "AdapterInfo",
     "AuthenticationError",
@@ -103,19 +111,23 @@ __all__ = [
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EpsilonChoice",
     "Estimate",
     "Estimator",
     "Evaluation",
     "ForwardDifference",
     "GaussianAdam",
     "History",
+    "Inconclusive",
     "Info",
     "InvalidValue",
+    "LeaveOneOut",
     "Losses",
     "Normaliser",
     "NotFound",
     "Optimizer",
     "Probe",
+    "RangeTest",
     "RateLimited",
     "Row",
     "Scores",
@@ -132,9 +144,11 @@ __all__ = [
     "UpdateResult",
     "ZoActError",
     "__version__",
+    "choose_epsilon",
     "constant",
     "cosine",
     "evaluate",
+    "find_learning_rate",
     "linear",
     "load_jsonl",
 ]
