@@ -27,7 +27,7 @@ from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.errors import InvalidValue
 from zoact_remote.layout import Layout
 from zoact_remote.noise import NOISE_VERSION
-from zoact_remote.replay import apply_update
+from zoact_remote.replay import Replayer
 from zoact_remote.tensors import read_tensors
 from zoact_remote.wire import AdapterInfo, JournalEntry
 
@@ -89,7 +89,7 @@ def audit(
     # Of the versions on the way, only those that are come back to are kept.
     wanted = {entry.rollback_to for entry in entries} | {exported}
     exact = adapter.noise == "rademacher"
-    flat = np.zeros(layout.size, dtype=np.float32)
+    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, adapter.noise)
     kept = {0: flat}
     digests = [coefficients_digest(flat, layout)]
     failures = []
@@ -104,7 +104,7 @@ def audit(
                 raise InvalidValue("journal", f"version {version} is a rollback to {entry.rollback_to}")
             flat, digest = kept[entry.rollback_to], digests[entry.rollback_to]
         else:
-            flat = apply_update(flat, layout, adapter.noise, entry.update)
+            flat = replayer.apply(flat, entry.update)
             digest = coefficients_digest(flat, layout) if exact else entry.digest
             terms += len(entry.update.terms)
             largest = max(largest, float(np.abs(flat).max()))
