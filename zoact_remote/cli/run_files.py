@@ -15,6 +15,7 @@ The last two are cut back to what the checkpoint covers when a run is resumed, s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,8 @@ class RunFiles(Callback):
 
     def _note(self, step: int | None, evaluation: Evaluation) -> None:
         _append(self._evaluations, {"step": step, **asdict(evaluation)})
+        # The steps to come build on it, and it is not made again.
+        os.fsync(self._evaluations.fileno())
 
     def _write(self) -> None:
         write_atomically(self._checkpoint, json.dumps(self._saved).encode())
