@@ -138,6 +138,8 @@ def _about(export: Path, adapter: AdapterInfo) -> dict[str, Any]:
         raise InvalidValue(str(file), f"is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("adapter") != adapter.name:
         raise InvalidValue(f"{file}: adapter", f"must be {adapter.name}: this is an export of something else")
+    if not isinstance(about.get("version"), int):
+        raise InvalidValue(f"{file}: version", f"must be a number, is {about.get('version')!r}")
     return about
 
 

@@ -176,7 +176,14 @@ def test_a_zero_has_its_sign(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "about", ['{"adapter": "acme/other", "version": 1}', '{"adapter": "acme/triage", "version": 9}', "[]", "{"]
+    "about",
+    [
+        '{"adapter": "acme/other", "version": 1}',
+        '{"adapter": "acme/triage", "version": 9}',
+        '{"adapter": "acme/triage"}',
+        "[]",
+        "{",
+    ],
 )
 def test_an_export_of_something_else_is_refused(tmp_path: Path, about: str) -> None:
     info, entries = history(LAYOUT, STEPS)

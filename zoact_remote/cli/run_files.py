@@ -49,14 +49,15 @@ class RunFiles(Callback):
 
     def __init__(self, directory: Path, about: Mapping[str, Any], *, resume: bool) -> None:
         self._checkpoint = directory / CHECKPOINT
+        about = {"format": FORMAT, **about}
         if resume and self._checkpoint.is_file():
             self._saved: Json = json.loads(self._checkpoint.read_bytes())
-            _check(self._saved, {"format": FORMAT, **about})
+            _check(self._saved, json.loads(json.dumps(about)))
         else:
             # The checkpoint goes first: without it, what is left of the others does not count.
             for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
                 (directory / name).unlink(missing_ok=True)
-            self._saved = {"format": FORMAT, **about, "adapter": None, "trainer": None}
+            self._saved = {**about, "adapter": None, "trainer": None}
             self._write()
         state = self._saved["trainer"]
         # The step done last is still to be finished; its line comes after that.
