@@ -97,7 +97,7 @@ def audit(
     for version, entry in enumerate(entries, 1):
         if (entry.version, entry.update.base_version) != (version, version - 1):
             raise InvalidValue("journal", f"entry {version} is of version {entry.version}")
-        if entry.digest_before not in (None, digests[-1]):
+        if entry.digest_before != digests[-1]:
             failures.append(f"version {version}: the digest before it is {entry.digest_before}, not {digests[-1]}")
         if entry.rollback_to is not None:
             if not 0 <= entry.rollback_to < version:

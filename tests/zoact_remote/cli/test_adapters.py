@@ -3,8 +3,6 @@
 from pathlib import Path
 
 import pytest
-import responses
-from responses import matchers
 
 from tests.support import KEY, Server, trained_adapter
 from tests.zoact_remote.cli.support import RECORDS, TASK, figures, read_json, run, run_json
@@ -86,16 +84,15 @@ def test_audit_fails_where_something_does_not_agree(adapter: Adapter) -> None:
     assert "must be float32" in run("audit", adapter.name, "--export", "half", code=1).stderr
 
 
-def test_rollback_says_what_it_made(adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = adapter._transport.url
-    path = f"{url}/zoact/v1/adapters/{adapter.name}/rollback"
-    with responses.RequestsMock() as server:
-        server.add_passthru(url + "/zoact/v1/info")
-        server.add_passthru(url + f"/zoact/v1/adapters/{adapter.name}")
-        asked = matchers.json_params_matcher({"base_version": 2, "to_version": 1}, strict_match=False)
-        server.post(path, json={"version": 3, "digest": "sha256:1", "applied": True}, match=[asked])
-        shown = run("rollback", adapter.name, "1").stdout
+def test_rollback_returns_to_a_version(adapter: Adapter) -> None:
+    first = next(iter(adapter.journal())).digest
+    shown = run("rollback", adapter.name, "1").stdout
     assert shown == f"{adapter.name} is at version 3, which is version 1 again\n"
+    assert adapter.refresh().digest == first
+    made = run_json("rollback", adapter.name, "0")
+    assert made == {"adapter": adapter.name, "version": 4, "rollback_to": 0, "digest": adapter.refresh().digest}
+    assert run_json("rollback", adapter.name, "9", code=1)["error"]["type"] == "NotFound"
+    assert adapter.refresh().version == 4
 
 
 def test_adapters_are_listed_and_deleted(client: Client, adapter: Adapter) -> None:
