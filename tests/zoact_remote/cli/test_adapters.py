@@ -1,4 +1,4 @@
-"""``zoact eval``, ``zoact export`` and ``zoact adapters``: commands about adapters that there are."""
+"""``zoact eval``, ``export``, ``audit``, ``rollback`` and ``adapters``: commands about adapters that there are."""
 
 from pathlib import Path
 
@@ -53,6 +53,46 @@ def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
     assert f"{adapter.name}@1 is in half" in shown
     assert read_json(Path("half/zoact.json"))["version"] == 1
     assert Path("half/adapter_model.safetensors").stat().st_size < 0.7 * full
+
+
+def test_audit_compares_journal_and_export(adapter: Adapter) -> None:
+    found = run_json("audit", adapter.name)
+    assert found == {
+        "adapter": adapter.name,
+        "version": 2,
+        "digest": adapter.info.digest,
+        "exact": True,
+        "exported_version": None,
+    }
+    run("export", adapter.name, "first", "--version", "1")
+    assert "holds the coefficients of version 1, to the bit" in run("audit", adapter.name, "--export", "first").stdout
+
+
+def test_audit_fails_where_something_does_not_agree(adapter: Adapter) -> None:
+    run("export", adapter.name, "peft")
+    file = Path("peft/adapter_model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    error = run_json("audit", adapter.name, "--export", "peft", code=1)["error"]
+    assert error["type"] == "CommandFailed"
+    assert "1 of its checks failed" in error["message"]
+    assert "lora_" in error["message"]
+    file.write_bytes(content[:-1])
+    assert run_json("audit", adapter.name, "--export", "peft", code=1)["error"]["type"] == "InvalidValue"
+    run("export", adapter.name, "half", "--dtype", "bfloat16")
+    assert "must be float32" in run("audit", adapter.name, "--export", "half", code=1).stderr
+
+
+def test_rollback_returns_to_a_version(adapter: Adapter) -> None:
+    first = next(iter(adapter.journal())).digest
+    shown = run("rollback", adapter.name, "1").stdout
+    assert shown == f"{adapter.name} is at version 3, which is version 1 again\n"
+    assert adapter.refresh().digest == first
+    made = run_json("rollback", adapter.name, "0")
+    assert made == {"adapter": adapter.name, "version": 4, "rollback_to": 0, "digest": adapter.refresh().digest}
+    assert run_json("rollback", adapter.name, "9", code=1)["error"]["type"] == "NotFound"
+    assert adapter.refresh().version == 4
 
 
 def test_adapters_are_listed_and_deleted(client: Client, adapter: Adapter) -> None:
