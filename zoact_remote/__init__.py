@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         ZoActError,
     )
     from zoact_remote.estimators import Estimate, Estimator, ForwardDifference, TwoPoint
-    from zoact_remote.evaluation import Evaluation, evaluate
+    from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
     from zoact_remote.optimizers import SGD, Adam, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
-    from zoact_remote.tasks import Task, load_jsonl
+    from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
@@ -71,10 +71,10 @@ _NAMES = {
         "ZoActError",
     ),
     "estimators": ("Estimate", "Estimator", "ForwardDifference", "TwoPoint"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
     "optimizers": ("Adam", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
-    "tasks": ("Task", "load_jsonl"),
+    "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
@@ -106,6 +106,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evaluation",
+    "Example",
     "ForwardDifference",
     "GaussianAdam",
     "History",
@@ -117,6 +118,8 @@ __all__ = [
     "Optimizer",
     "Probe",
     "RateLimited",
+    "Record",
+    "RecordError",
     "Row",
     "Scores",
     "ServerError",
@@ -135,8 +138,10 @@ __all__ = [
     "constant",
     "cosine",
     "evaluate",
+    "evaluate_task",
     "linear",
     "load_jsonl",
+    "load_records",
 ]
 
 
