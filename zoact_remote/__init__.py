@@ -2,10 +2,10 @@
 
 The server keeps weights, activations, bases and coefficients; the client sends data, seeds and scalars. A run is::
 
-    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_jsonl, tasks
+    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_records, tasks
 
     task = tasks.BUILTIN["sst2"]
-    rows = task.rows(load_jsonl("train.jsonl"))
+    rows = task.rows(load_records("train.jsonl"))
     with Client("http://127.0.0.1:8000") as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
