@@ -2,10 +2,10 @@
 
 The server keeps weights, activations, bases and coefficients; the client sends data, seeds and scalars. A run is::
 
-    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_jsonl, tasks
+    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_records, tasks
 
     task = tasks.BUILTIN["sst2"]
-    rows = task.rows(load_jsonl("train.jsonl"))
+    rows = task.rows(load_records("train.jsonl"))
     with Client("http://127.0.0.1:8000") as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
         ZoActError,
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
-    from zoact_remote.evaluation import Evaluation, evaluate
+    from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
     from zoact_remote.learning_rate import RangeTest, find_learning_rate
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
-    from zoact_remote.tasks import Task, load_jsonl
+    from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
@@ -80,11 +80,11 @@ _NAMES = {
         "ZoActError",
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
-    "evaluation": ("Evaluation", "evaluate"),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
     "learning_rate": ("RangeTest", "find_learning_rate"),
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
-    "tasks": ("Task", "load_jsonl"),
+    "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
@@ -121,6 +121,7 @@ __all__ = [
     "Estimate",
     "Estimator",
     "Evaluation",
+    "Example",
     "ForwardDifference",
     "GaussianAdam",
     "History",
@@ -135,6 +136,8 @@ __all__ = [
     "Probe",
     "RangeTest",
     "RateLimited",
+    "Record",
+    "RecordError",
     "Row",
     "Scores",
     "ServerError",
@@ -154,9 +157,11 @@ __all__ = [
     "constant",
     "cosine",
     "evaluate",
+    "evaluate_task",
     "find_learning_rate",
     "linear",
     "load_jsonl",
+    "load_records",
 ]
 
 

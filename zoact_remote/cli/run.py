@@ -71,7 +71,7 @@ def train_adapter(
         rows: to train on; the basis is taken from some of them.
         eval_rows: held out; may be empty.
         settings: of the run.
-        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.json``,
+        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.toml``,
             ``result.json`` and ``report.html``.
         output: where progress is shown.
         go_on: train an adapter that has been trained before, from its newest version.
@@ -96,7 +96,7 @@ def train_adapter(
         "eval_rows": rows_digest(eval_rows),
     }
     with closing(RunFiles(directory, about, resume=resume)) as files:
-        (directory / "task.json").write_text(_dump(task.to_dict()), encoding="utf-8")
+        (directory / "task.toml").write_text(task.to_toml(), encoding="utf-8")
         ready = files.started
         adapter = client.adapter(name) if ready else _ready_adapter(client, name, rows, settings, output, go_on)
         files.bind(adapter.info)
@@ -220,12 +220,10 @@ def _facts(
         "engine": f"{info.engine} {info.engine_version}, {info.dtype}",
         "adapter": adapter.name,
         "trained coefficients": f"{adapter.info.parameters:,}",
-        "template": repr(task.template),
     }
-    if task.labels is None:
-        about["completion"] = repr(task.completion)
-    else:
-        about["labels"] = ", ".join(f"{label}: {word!r}" for label, word in task.labels.items())
+    for setting, value in task.to_dict().items():
+        table = isinstance(value, Mapping)
+        about[setting] = ", ".join(f"{name}: {word!r}" for name, word in value.items()) if table else repr(value)
     about |= {"training rows": f"{rows:,}", "rows evaluated": f"{eval_rows:,}"}
     return about | {name.replace("_", " "): value for name, value in asdict(settings).items()}
 
@@ -260,7 +258,7 @@ def _result(
         "settings": asdict(settings),
         "files": {
             name: str(directory / file)
-            for name, file in (("metrics", METRICS), ("task", "task.json"), ("report", "report.html"))
+            for name, file in (("metrics", METRICS), ("task", "task.toml"), ("report", "report.html"))
         },
     }
 

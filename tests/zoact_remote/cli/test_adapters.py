@@ -1,5 +1,6 @@
 """``zoact eval``, ``export``, ``audit``, ``rollback`` and ``adapters``: commands about adapters that there are."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,46 @@ def test_eval_says_what_the_server_scores(data: str, adapter: Adapter) -> None:
 
 
 def test_eval_takes_a_task_from_a_file(data: str, adapter: Adapter) -> None:
-    Path("task.json").write_text('{"template": "{text}", "completion": " {label}"}')
+    Path("task.toml").write_text('template = "{text}"\ncompletion = " {label}"\n')
     rows = [{"prompt": record["text"], "completion": f" {record['label']}"} for record in RECORDS]
-    found = run_json("eval", data, "--adapter", adapter.name, "--task", "task.json")
+    found = run_json("eval", data, "--adapter", adapter.name, "--task", "task.toml")
     expected = figures(adapter, rows, version=2)
     assert {field: found[field] for field in expected} == expected
+    assert (found["metric"], found["accuracy"]) == ("perplexity", None)
+    assert found["perplexity"] > 1
+
+
+def test_eval_generates_where_the_task_is_judged_by_text(adapter: Adapter) -> None:
+    prompts = ["The parcel", "What a joy", "I cannot"]
+    texts = [adapter.generate(prompt, max_tokens=4, version=1).text for prompt in prompts]
+    lines = zip(prompts, [texts[0], "something else", texts[2]], strict=True)
+    Path("data.jsonl").write_text("".join(json.dumps({"q": q, "answers": ["-", a]}) + "\n" for q, a in lines))
+    task = 'template = "{q}"\ncompletion = "{answers}"\nmetric = "exact_match"\nmax_tokens = 4\nstop = ""\n'
+    Path("task.toml").write_text(task)
+    command = ("eval", "data.jsonl", "--adapter", adapter.name, "--task", "task.toml", "--version", "1")
+    found = run_json(*command)
+    assert (found["version"], found["metric"], found["rows"]) == (1, "exact_match", 3)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert 2 / 3 <= found["token_f1"] <= 1
+    shown = run(*command).stdout
+    assert "exact match" in shown
+    assert "66.7%" in shown
+
+
+def test_eval_on_conversations(adapter: Adapter) -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Well?"), ("assistant", "Fine.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    Path("chat.jsonl").write_text(json.dumps({"messages": messages}))
+    found = run_json("eval", "chat.jsonl", "--adapter", adapter.name)
+    expected = adapter.scores([{"messages": messages[:2]}, {"messages": messages}])
+    assert found["rows"] == 2
+    assert found["loss"] == pytest.approx(expected.loss, abs=1e-4)
+
+
+def test_eval_reads_csv(data: str, adapter: Adapter) -> None:
+    lines = [f"{record['text']},{record['label']}" for record in RECORDS]
+    Path("data.csv").write_text("\n".join(["text,label", *lines]))
+    assert run_json("eval", "data.csv", "--adapter", adapter.name) == run_json("eval", data, "--adapter", adapter.name)
 
 
 def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
