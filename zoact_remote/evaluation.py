@@ -23,6 +23,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 _ROW = re.compile(r"^rows\[(\d+)\]")
 
+REQUEST_TOO_LARGE = "request_too_large"
 GENERATIONS_AT_ONCE = 16
 """Texts that are asked for side by side: a call generates one, and the server batches them."""
 
@@ -285,8 +286,9 @@ def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per
             with _named(partial(_shifted, start)):
                 scores = adapter.scores(batch, version=version)
         except BadRequest as error:
-            # The rows are too much together: how many tokens they hold is known to the server alone.
-            if error.param != "rows" or len(batch) == 1:
+            # Whether rows are too much together, by number, tokens or bytes, is known to the server alone.
+            too_much = error.param == "rows" or error.code == REQUEST_TOO_LARGE
+            if not too_much or len(batch) == 1:
                 raise
             rows_per_call = math.ceil(len(batch) / 2)
             continue

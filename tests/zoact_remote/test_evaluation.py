@@ -13,24 +13,29 @@ from zoact_remote.errors import BadRequest, TooLarge
 from zoact_remote.evaluation import calibrated, generate_texts
 from zoact_remote.wire import Generation, RowScore
 
+TOO_MANY = BadRequest("rows: too many", status=400, param="rows")
+TOO_LARGE = TooLarge("the body is too large", status=413, code="request_too_large")
+
 
 class Table:
     """Answers with log-likelihoods written into the rows.
 
     Args:
         most: rows that it takes in a call.
+        refusal: of a call with more.
         bad: prompt of a row that it takes in no call.
 
     """
 
-    def __init__(self, most: int = 1024, bad: str | None = None) -> None:
+    def __init__(self, most: int = 1024, refusal: BadRequest = TOO_MANY, bad: str | None = None) -> None:
         self.most = most
+        self.refusal = refusal
         self.bad = bad
         self.calls: list[tuple[int, int | None]] = []
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         if len(rows) > self.most:
-            raise BadRequest(f"rows: at most {self.most} rows a call", status=400, param="rows")
+            raise self.refusal
         for i, row in enumerate(rows):
             if row["prompt"] == self.bad:
                 raise TooLarge(f"rows[{i}].prompt: is rows[{i}].prompt", status=400, param=f"rows[{i}].prompt")
@@ -121,13 +126,16 @@ def test_batches_keep_to_one_version() -> None:
     assert evaluate(table, rows, version=0).version == 0
 
 
-def test_a_batch_that_is_too_much_is_sent_in_halves() -> None:
-    table = Table(most=3)
+@pytest.mark.parametrize("refusal", [TOO_MANY, TOO_LARGE])
+def test_a_batch_that_is_too_much_is_sent_in_halves(refusal: BadRequest) -> None:
+    table = Table(most=3, refusal=refusal)
     rows = [choice(i % 2, -1.0, -2.0) for i in range(11)]
     assert evaluate(table, rows, rows_per_call=10) == evaluate(Table(), rows, rows_per_call=3)
     assert [count for count, _ in table.calls] == [3, 3, 3, 2]
-    with pytest.raises(BadRequest, match="at most 0 rows"):
+    with pytest.raises(BadRequest, match="too many"):
         evaluate(Table(most=0), rows)
+    with pytest.raises(BadRequest, match="stale"):
+        evaluate(Table(most=3, refusal=BadRequest("stale", param="version")), rows)
 
 
 def test_a_row_at_fault_is_named_by_its_place_in_all() -> None:

@@ -29,7 +29,17 @@ from zoact_remote import toml
 from zoact_remote.errors import InvalidValue
 from zoact_remote.metrics import OF_TEXT
 from zoact_remote.tasks.records import RecordError
-from zoact_remote.tasks.templates import FIELD, Values, check, lookup, render, render_each, shortened, text_of
+from zoact_remote.tasks.templates import (
+    FIELD,
+    Values,
+    check,
+    has_fields,
+    lookup,
+    render,
+    render_each,
+    shortened,
+    text_of,
+)
 from zoact_remote.wire import Json
 
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "number_match", "perplexity"]
@@ -134,6 +144,8 @@ class Task:
         self._check()
         if self.metric not in METRICS[kind]:
             raise InvalidValue("metric", f"must be one of {', '.join(METRICS[kind])} here, got {self.metric!r}")
+        if self.metric == "macro_f1" and any(map(has_fields, (self.labels or {}).values())):
+            raise InvalidValue("metric", "macro_f1 is taken over words, which must hold no fields then")
 
     def _check(self) -> None:
         for name in ("completion", "choices"):

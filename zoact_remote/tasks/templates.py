@@ -75,6 +75,11 @@ def check(template: Any, param: str) -> None:
         raise InvalidValue(param, str(error)) from None
 
 
+def has_fields(template: str) -> bool:
+    """Whether a template says different things of different records."""
+    return bool(_fields(template))
+
+
 def render(template: str, record: Mapping[str, Any], values: Values) -> str:
     """A template with a record's fields filled in.
 

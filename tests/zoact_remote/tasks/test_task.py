@@ -138,6 +138,7 @@ def test_choices_need_a_label_each() -> None:
         ({"template": "t", "choices": "{o}", "choice_labels": ["A", "A"]}, "choice_labels", "must differ"),
         ({"template": "t", "choices": "{o}", "choice_labels": 4}, "choice_labels", "must be a list of texts"),
         ({"template": "t", "choices": "{o}", "metric": "macro_f1"}, "metric", "must be one of accuracy here"),
+        ({"template": "t", "labels": {0: "{a}", 1: "b"}, "metric": "macro_f1"}, "metric", "is taken over words"),
         ({"template": "t", "completion": "c", "metric": "accuracy"}, "metric", "must be one of perplexity, exact"),
         ({"template": "t", "completion": "c", "max_tokens": 0}, "max_tokens", "whole number of at least 1"),
         ({"template": "t", "completion": "c", "max_tokens": 1.5}, "max_tokens", "whole number of at least 1"),
