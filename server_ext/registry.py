@@ -26,7 +26,8 @@ from server_ext.errors import ApiError, invalid
 from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
-from server_ext.store import Point, basis_digest
+from server_ext.store import Point
+from zoact_remote.digest import basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Update
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
+    from zoact_remote.tenants import Tenant
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
@@ -85,6 +86,7 @@ _NAMES = {
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
+    "tenants": ("Tenant",),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
@@ -145,6 +147,7 @@ __all__ = [
     "StaleVersion",
     "StepRecord",
     "Task",
+    "Tenant",
     "TooLarge",
     "Trainer",
     "TrainingDiverged",
