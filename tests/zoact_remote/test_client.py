@@ -111,7 +111,7 @@ def test_wait_until_ready_gives_up(client: Client, server: responses.RequestsMoc
 
 
 def test_wait_until_ready_does_not_wait_for_what_will_not_come(client: Client, server: responses.RequestsMock) -> None:
-    server.get(f"{API}/info", status=404)
+    server.get(f"{API}/info", status=404, body="Not Found")
     with pytest.raises(NotFound):
         client.wait_until_ready(timeout=60)
 
