@@ -263,13 +263,12 @@ def _ends_in_its_head(response: requests.Response) -> bool:
 
 def _json_of(response: requests.Response) -> Any:
     """An answer's JSON; None where it has no content."""
-    is_json = response.headers.get("content-type", "").startswith("application/json")
-    if not (response.content or is_json):
+    if not response.content:
         return None
     try:
         return response.json()
     except requests.exceptions.JSONDecodeError as error:
-        if not is_json:
+        if not response.headers.get("content-type", "").startswith("application/json"):
             raise
         # All that shows of it where the body's length was not announced.
         raise requests.exceptions.ChunkedEncodingError("the answer's JSON was cut off") from error
