@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
+    from zoact_remote.audit import Audit
+    from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
     from zoact_remote.errors import (
         AuthenticationError,
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "adapter": ("Adapter",),
+    "audit": ("Audit",),
+    "callbacks": ("Callback",),
     "client": ("Client",),
     "errors": (
         "AuthenticationError",
@@ -97,9 +101,11 @@ __all__ = [
     "Adam",
     "Adapter",
     "AdapterInfo",
+    "Audit",
     "AuthenticationError",
     "BadRequest",
     "Basis",
+    "Callback",
     "Client",
     "Conflict",
     "ConnectionFailed",

@@ -33,6 +33,8 @@ class Client:
         api_key: ``$ZOACT_API_KEY`` if None.
         timeout: seconds to connect, and seconds between bytes of an answer.
         retries: how often a call is sent again at most, where that is safe (:mod:`zoact_remote.transport`).
+        patience: seconds that a call waits for a server that has answered before and is then gone, as while it is
+            restarted, where it is safe to send it again; 0 to be content with ``retries``.
 
     """
 
@@ -43,12 +45,14 @@ class Client:
         *,
         timeout: tuple[float, float] = (5.0, 600.0),
         retries: int = 5,
+        patience: float = 600.0,
     ) -> None:
         self._transport = Transport(
             url or os.environ.get("ZOACT_URL") or DEFAULT_URL,
             api_key=api_key or os.environ.get("ZOACT_API_KEY") or None,
             timeout=timeout,
             retries=retries,
+            patience=patience,
         )
 
     @property
@@ -74,7 +78,7 @@ class Client:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, retries=0)
+                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, once=True)
             except ZoActError as error:
                 waiting = isinstance(error, ConnectionFailed) or error.status in REFUSED
                 if not waiting or time.monotonic() + POLL_S > deadline:
@@ -119,7 +123,8 @@ class Client:
             sites: full names or last components of layers; None for all that the server offers.
             noise: distribution of the probes.
             basis: what the basis will be taken from, ``Basis()`` if None; :meth:`Adapter.calibrate` takes it.
-            exist_ok: return the adapter if it exists already with these very properties.
+            exist_ok: return the adapter if it exists already with these very properties. The call is then safe to
+                repeat, and is repeated after failures that may pass.
 
         Raises:
             Conflict: it exists, and ``exist_ok`` is false or its properties differ.
@@ -135,7 +140,9 @@ class Client:
             "basis": basis.to_json(),
         }
         try:
-            adapter.info = self._transport.call("POST", "/adapters", AdapterInfo.from_json, json=body, repeatable=False)
+            adapter.info = self._transport.call(
+                "POST", "/adapters", AdapterInfo.from_json, json=body, repeatable=exist_ok
+            )
         except Conflict as conflict:
             if not exist_ok or conflict.code != "adapter_exists":
                 raise

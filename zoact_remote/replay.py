@@ -4,11 +4,15 @@ An update is ``C <- (1 - decay) C + sum_i a_i Z(seed_i)``, or with a normaliser
 ``C <- (1 - decay) C + (sum_i a_i Z_i) / (sqrt(offset + sum_i b_i Z_i^2) + epsilon)``.
 Every scalar is rounded to float32 first and terms are added in listed order, in float32. For Rademacher noise each
 ``a_i z`` is exact, fused multiply-add or not, so every device reaches the same bits.
+
+A rollback is a version of its own, whose coefficients are those of an earlier one, bit for bit. A version is therefore
+reached by the updates of its :func:`lineage` alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +20,49 @@ from numpy.typing import NDArray
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution, draw
 from zoact_remote.wire import Update
+
+
+class Entry(Protocol):
+    """A row of a journal, as far as the order of versions goes."""
+
+    @property
+    def version(self) -> int:
+        """The version that it made."""
+        ...
+
+    @property
+    def rollback_to(self) -> int | None:
+        """The version whose coefficients it took up again; None for an update."""
+        ...
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+def lineage(entries: Iterable[EntryT], version: int) -> list[EntryT]:
+    """The updates that lead from zero to a version, oldest first.
+
+    Walked from the end: an update's version comes from the one before it, a rollback's from the version that it names.
+    Rollbacks, and the updates that they undid, are left out.
+
+    Raises:
+        ValueError: an entry on the way is missing, or a rollback does not lead back.
+
+    """
+    made = {entry.version: entry for entry in entries}
+    path = []
+    while version > 0:
+        if version not in made:
+            raise ValueError(f"the journal has no version {version}")
+        entry = made[version]
+        if entry.rollback_to is None:
+            path.append(entry)
+            version -= 1
+        elif 0 <= entry.rollback_to < version:
+            version = entry.rollback_to
+        else:
+            raise ValueError(f"version {version} is a rollback to {entry.rollback_to}, which is not before it")
+    return path[::-1]
 
 
 def direction(layout: Layout, distribution: Distribution, seed: int) -> NDArray[np.float32]:
@@ -54,7 +101,10 @@ def apply_update(
 
 
 def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:
-    """The coefficients that a journal leads to, from zero: float32 ``[layout.size]``."""
+    """The coefficients that updates lead to, from zero: float32 ``[layout.size]``.
+
+    The updates of one :func:`lineage`: a journal with rollbacks holds more of them than count.
+    """
     flat = np.zeros(layout.size, dtype=np.float32)
     for update in updates:
         flat = apply_update(flat, layout, distribution, update)

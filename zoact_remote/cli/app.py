@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from zoact_remote.cli.adapters import adapters, export
+from zoact_remote.cli.adapters import adapters, audit, export, rollback
 from zoact_remote.cli.evaluate import evaluate
 from zoact_remote.cli.quickstart import quickstart
 from zoact_remote.cli.serve import serve
@@ -25,6 +25,8 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(adapters)
+app.command()(rollback)
+app.command()(audit)
 app.command()(quickstart)
 
 

@@ -34,6 +34,7 @@ ApiKey = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write the result as JSON to standard output, and nothing else there.")
 ]
+Adapter = Annotated[str, typer.Argument(help="Its name, such as acme/triage.", show_default=False)]
 AdapterName = Annotated[str, typer.Option(help="Its name, such as acme/triage.", metavar="TENANT/NAME")]
 Version = Annotated[int | None, typer.Option(min=0, help="The newest if not given; 0 is the model itself.")]
 

@@ -66,6 +66,13 @@ def train(
     eval_rows: Annotated[int, _method("Rows evaluated at most.", 1)] = DEFAULTS.eval_rows,
     seed: Annotated[int, _method("Of the data's order and the probes.", 0)] = DEFAULTS.seed,
     go_on: Annotated[bool, typer.Option("--continue", help="Train an adapter that has been trained before.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in the results' directory, which was cut off; start it if none is there.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where results go; runs/TENANT-NAME if not given.", metavar="DIRECTORY")
     ] = None,
@@ -111,7 +118,9 @@ def train(
         training, held_out = (rows, made.load_rows(eval_data)) if eval_data is not None else split(rows, hold_out)
         directory = out or Path("runs", adapter.replace("/", "-"))
         with options.connect(url, api_key) as client:
-            run = train_adapter(client, adapter, made, training, held_out, settings, directory, output, go_on=go_on)
+            run = train_adapter(
+                client, adapter, made, training, held_out, settings, directory, output, go_on=go_on, resume=resume
+            )
         shown = [results_table(run.results)] if run.results else []
         output.result(
             run.result,
