@@ -22,7 +22,7 @@ from server_ext import basis_files, schemas
 from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
-from server_ext.errors import ApiError, invalid
+from server_ext.errors import ApiError, invalid, storage_failed
 from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
@@ -34,7 +34,6 @@ T = TypeVar("T")
 
 SNAPSHOT_EVERY = 32
 """Changes from one snapshot to the next."""
-STORAGE_RETRY_S = 5
 
 
 class Registry:
@@ -351,13 +350,7 @@ class Registry:
         except FileNotFoundError:
             raise
         except (sqlite3.OperationalError, OSError) as error:
-            log.error("disk failed", error=str(error))
-            raise ApiError(
-                503,
-                "storage_failed",
-                "the server could not use its disk; nothing changed",
-                retry_after=STORAGE_RETRY_S,
-            ) from error
+            raise storage_failed(error) from error
 
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:
