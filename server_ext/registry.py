@@ -221,7 +221,10 @@ class Registry:
 
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
         """An adapter's history behind a version."""
-        return await self._on_disk(self._journal.entries, adapter.row.key, after, adapter.version, limit)
+        newest, digest = adapter.version, adapter.digest
+        entries = await self._on_disk(self._journal.entries, adapter.row.key, after, newest, limit)
+        # The newest version's digest may be known without having reached the disk.
+        return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 
     async def basis(self, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         """A calibrated adapter's basis: float32 ``[in_features, rank]`` by input."""
