@@ -48,13 +48,17 @@ class Registry:
         directory.mkdir(parents=True, exist_ok=True)
         self._engine = engine
         self._directory = directory
-        self._directory_lock = _lock(directory)
-        self._journal = Journal(directory / "journal.sqlite")
         self._snapshots = Snapshots(directory / "snapshots", snapshot_every)
         # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
         self._disk = ThreadPoolExecutor(1, "zoact-disk")
         self._snapshot_tasks: set[asyncio.Task[None]] = set()
-        self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+        with ExitStack() as undo:
+            self._directory_lock = _lock(directory)
+            undo.callback(os.close, self._directory_lock)
+            self._journal = Journal(directory / "journal.sqlite")
+            undo.callback(self._journal.close)
+            self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+            undo.pop_all()
 
     async def restore(self) -> None:
         """Brings every adapter back at its last version. One that is damaged is marked so, and the others serve."""

@@ -23,7 +23,7 @@ from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
 from server_ext.journal import AdapterRow, Change, Entry, Rollback
-from server_ext.registry import Registry
+from server_ext.registry import SNAPSHOT_EVERY, Registry
 from server_ext.rows import Context, ContextScore, RowScore, TokenRow, contexts_of, score_of, tokenise, tokenise_rows
 from server_ext.store import Point
 from server_ext.tenants import Caller
@@ -46,9 +46,9 @@ class Service:
 
     """
 
-    def __init__(self, engine: Engine, directory: Path) -> None:
+    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
         self.engine = engine
-        self.registry = Registry(engine, directory)
+        self.registry = Registry(engine, directory, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
         self._creating = asyncio.Lock()
 

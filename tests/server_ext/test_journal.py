@@ -113,7 +113,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.history[key][version - 1] = (*self.history[key][version - 1][:3], digest)
 
     @rule(key=keys, known=st.sets(st.integers(1, 9)), data=st.data())
-    def path(self, key: str, known: set[int], data: st.DataObject) -> None:
+    def find_path(self, key: str, known: set[int], data: st.DataObject) -> None:
         """The path makes what making every version in turn makes."""
         history = self.history[key]
         version = data.draw(st.integers(0, len(history)))

@@ -21,6 +21,7 @@ def command(*extra: str, **changes: Any) -> tuple[dict[str, list[str]], dict[str
         "max_rank": 8,
         "slots": 8,
         "api_key": None,
+        "keys": None,
         "on_cpu": False,
         "environment": {},
         "plugins": (),
@@ -81,10 +82,11 @@ def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after:
     assert command(environment=environment, plugins=plugins)[1]["VLLM_PLUGINS"] == after
 
 
-def test_the_key_is_no_flag() -> None:
-    flags, environment = command(api_key=KEY)
+def test_keys_are_no_flags() -> None:
+    flags, environment = command(api_key=KEY, keys=Path("keys.toml"))
     assert KEY not in [value for values in flags.values() for value in values]
-    assert environment["VLLM_API_KEY"] == KEY
+    assert environment["VLLM_API_KEY"] == environment["ZOACT_API_KEY"] == KEY
+    assert environment["ZOACT_KEYS"] == str(Path("keys.toml").resolve())
 
 
 @pytest.mark.parametrize(
