@@ -23,6 +23,7 @@ from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid, storage_failed
+from server_ext.files import PARTIAL
 from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
@@ -58,6 +59,7 @@ class Registry:
             self._journal = Journal(directory / "journal.sqlite")
             undo.callback(self._journal.close)
             self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+            self._sweep()
             undo.pop_all()
 
     async def restore(self) -> None:
@@ -358,6 +360,18 @@ class Registry:
             raise
         except (sqlite3.OperationalError, OSError) as error:
             raise storage_failed(error) from error
+
+    def _sweep(self) -> None:
+        """Removes what a server that was killed left behind: files half written, and those of adapters that are gone."""
+        keys = {adapter.row.key for adapter in self.all()}
+        for path in self._directory.rglob(f"*{PARTIAL}"):
+            path.unlink()
+        for path in self._directory.glob("bases/*"):
+            if path.stem not in keys:
+                path.unlink()
+        for path in self._directory.glob("snapshots/*"):
+            if path.name not in keys:
+                self._snapshots.remove(path.name)
 
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:

@@ -338,6 +338,25 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     assert len(held) <= 4
 
 
+def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
+    make_adapter(stage, "acme/a")
+    for version in range(EVERY):
+        stage.change("acme/a", Update(version, ()))
+    stage.stop()
+    there = {path for path in stage.directory.rglob("*.safetensors")}
+    key = next(iter(there)).stem
+    for left in ("bases/gone.safetensors", f"bases/{key}.safetensors.partial", "snapshots/gone/3.safetensors"):
+        (stage.directory / left).parent.mkdir(exist_ok=True)
+        (stage.directory / left).touch()
+    for snapshot in (stage.directory / "snapshots").glob("*/*.safetensors"):
+        snapshot.with_name("9.safetensors.partial").touch()
+    stage.start()
+    assert {path for path in stage.directory.rglob("*") if ".safetensors" in path.name} == there
+    assert [path.stem for path in (stage.directory / "snapshots").iterdir()] == [
+        path.stem for path in (stage.directory / "bases").iterdir()
+    ]
+
+
 def test_one_directory_has_one_server(stage: Stage, engine: TransformersEngine) -> None:
     with pytest.raises(ValueError, match="another server uses"):
         Service(engine, stage.directory)
