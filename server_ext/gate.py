@@ -13,6 +13,7 @@ from fastapi import Request, Response, status
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.types import Message
 from structlog.contextvars import bound_contextvars
 
@@ -109,7 +110,13 @@ class PlainRoute(APIRoute):
     """Answers errors in OpenAI's shape and every call with a request id, whatever handlers the app around it has."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await inner(request)
+            except (HTTPException, RecursionError) as error:
+                raise _unreadable_body(error) from error
 
         async def handler(request: Request) -> Response:
             request_id = request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
@@ -120,8 +127,6 @@ class PlainRoute(APIRoute):
                 response = _response(error, request_id)
             except RequestValidationError as error:
                 response = _response(_validation_error(error), request_id)
-            except RecursionError:
-                response = _response(ApiError(400, "invalid_value", "the body is nested too deeply"), request_id)
             except Exception:
                 log.exception("request failed", request_id=request_id, path=request.url.path)
                 failed = ApiError(
@@ -194,6 +199,15 @@ def _limited(request: Request, most: int) -> Request:
 def _response(error: ApiError, request_id: str) -> JSONResponse:
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     return JSONResponse(error.body(request_id), error.status, headers)
+
+
+def _unreadable_body(error: HTTPException | RecursionError) -> ApiError:
+    """Why a body could not be read: FastAPI wraps what goes wrong meanwhile, be it an error of our own."""
+    cause = error.__cause__ if isinstance(error, HTTPException) else error
+    if isinstance(cause, ApiError):
+        return cause
+    nested = isinstance(cause, RecursionError)
+    return ApiError(400, "invalid_value", "the body is nested too deeply" if nested else "the body is not JSON")
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -60,6 +60,7 @@ class Service:
         self.engine = engine
         self.registry = Registry(engine, directory, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
+        self._creating = asyncio.Lock()
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -88,7 +89,7 @@ class Service:
         if not caller.owns(ask.name):
             raise ApiError(403, "foreign_tenant", f"name: must begin with {caller.tenant}/ for this API key", "name")
         if ask.rank > self._max_rank(caller.limits):
-            raise invalid("rank", f"must be at most {self._max_rank(caller.limits)} on this server")
+            raise invalid("rank", f"must be at most max_rank ({self._max_rank(caller.limits)})")
         try:
             layout = Layout(select_sites(self.engine.sites, ask.sites), ask.rank)
         except ValueError as error:
@@ -96,7 +97,6 @@ class Service:
         narrowest = min(layout.inputs.values())
         if ask.rank > narrowest:
             raise invalid("rank", f"must be at most the width of the narrowest input, {narrowest}")
-        self._check_room(caller, layout)
         row = AdapterRow(
             key=uuid.uuid4().hex,
             name=ask.name,
@@ -108,7 +108,10 @@ class Service:
             basis=schemas.BasisInfo(**ask.basis.model_dump()),
             created=datetime.now(timezone.utc),
         )
-        return (await self.registry.add(row, layout)).info()
+        # One at a time: whoever asks for many at once has no more room than others.
+        async with self._creating:
+            self._check_room(caller, layout)
+            return (await self.registry.add(row, layout)).info()
 
     async def delete(self, name: str) -> None:
         async with self.registry.changing(name) as adapter:

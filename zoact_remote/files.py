@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written."""
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Put a file in place, on disk when this returns; after a crash the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(content)

@@ -101,6 +101,8 @@ class JournalMachine(RuleBasedStateMachine):
                 self.journal.append(key, change, before)
         else:
             assert self.journal.append(key, change, before) == len(history) + 1
+            if history and history[-1][3] is None:
+                history[-1] = (*history[-1][:3], before)
             history.append((len(history) + 1, change, before, None))
 
     @rule(key=keys, digest=st.sampled_from(["sha256:1", "sha256:2"]), data=st.data())

@@ -80,11 +80,16 @@ class Stage:
 
     def kill(self) -> None:
         """Goes on with the files as they are: what a process that dies leaves behind."""
+        # Snapshots are written on a thread, and hypothesis wants to see the same twice.
+        self.run(self._settle())
         copy = Path(tempfile.mkdtemp(dir=self.directory.parent))
         # The shared memory file is an index of the log beside it, which SQLite builds anew.
         shutil.copytree(self.directory, copy, ignore=shutil.ignore_patterns("*-shm"), dirs_exist_ok=True)
         self.stop()
         self.directory = copy
+
+    async def _settle(self) -> None:
+        await asyncio.gather(*self.registry._snapshot_tasks)
 
     def change(self, name: str, change: Change) -> tuple[int, str, bool]:
         async def make() -> tuple[int, str, bool]:
@@ -336,6 +341,25 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     held = engine._store[registry.calibrated("acme/a").row.key].versions
     stage.change("acme/a", Update(8, ()))
     assert len(held) <= 4
+
+
+def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
+    make_adapter(stage, "acme/a")
+    for version in range(EVERY):
+        stage.change("acme/a", Update(version, ()))
+    stage.stop()
+    there = set(stage.directory.rglob("*.safetensors"))
+    key = next(iter(there)).stem
+    for left in ("bases/gone.safetensors", f"bases/{key}.safetensors.partial", "snapshots/gone/3.safetensors"):
+        (stage.directory / left).parent.mkdir(exist_ok=True)
+        (stage.directory / left).touch()
+    for snapshot in (stage.directory / "snapshots").glob("*/*.safetensors"):
+        snapshot.with_name("9.safetensors.partial").touch()
+    stage.start()
+    assert {path for path in stage.directory.rglob("*") if ".safetensors" in path.name} == there
+    assert [path.stem for path in (stage.directory / "snapshots").iterdir()] == [
+        path.stem for path in (stage.directory / "bases").iterdir()
+    ]
 
 
 def test_one_directory_has_one_server(stage: Stage, engine: TransformersEngine) -> None:
