@@ -343,7 +343,7 @@ def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
     for version in range(EVERY):
         stage.change("acme/a", Update(version, ()))
     stage.stop()
-    there = {path for path in stage.directory.rglob("*.safetensors")}
+    there = set(stage.directory.rglob("*.safetensors"))
     key = next(iter(there)).stem
     for left in ("bases/gone.safetensors", f"bases/{key}.safetensors.partial", "snapshots/gone/3.safetensors"):
         (stage.directory / left).parent.mkdir(exist_ok=True)
