@@ -28,7 +28,7 @@ REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
 DRAIN_S = 30.0
 
-_UNION_TAGS = {"CompletionRow", "ChoicesRow", "str", "body", "query", "path"}
+_UNION_TAGS = {"CompletionRow", "ChoicesRow", "ChatRow", "str", "body", "query", "path"}
 
 
 class Gate:

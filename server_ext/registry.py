@@ -23,11 +23,12 @@ from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid, storage_failed
-from server_ext.files import PARTIAL
 from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
-from server_ext.store import Point, basis_digest
+from server_ext.store import Point
+from zoact_remote.digest import basis_digest
+from zoact_remote.files import PARTIAL
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Update
 

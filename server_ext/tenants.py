@@ -13,7 +13,6 @@ import os
 import re
 import secrets
 import sqlite3
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,11 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server_ext.errors import ApiError, storage_failed
 from server_ext.schemas import TENANT, TenantLimits
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from zoact_remote import toml
 
 KEY_VARIABLE = "ZOACT_API_KEY"
 FILE_VARIABLE = "ZOACT_KEYS"
@@ -275,10 +270,10 @@ def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:
 
     """
     try:
-        file = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        file = _File.model_validate(toml.load(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     return file.operators, [Tenant(name, entry.limits, frozenset(entry.keys)) for name, entry in file.tenants.items()]

@@ -27,7 +27,7 @@ from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.errors import InvalidValue
 from zoact_remote.layout import Layout
 from zoact_remote.noise import NOISE_VERSION
-from zoact_remote.replay import apply_update
+from zoact_remote.replay import Replayer
 from zoact_remote.tensors import read_tensors
 from zoact_remote.wire import AdapterInfo, JournalEntry
 
@@ -89,7 +89,7 @@ def audit(
     # Of the versions on the way, only those that are come back to are kept.
     wanted = {entry.rollback_to for entry in entries} | {exported}
     exact = adapter.noise == "rademacher"
-    flat = np.zeros(layout.size, dtype=np.float32)
+    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, adapter.noise)
     kept = {0: flat}
     digests = [coefficients_digest(flat, layout)]
     failures = []
@@ -97,14 +97,14 @@ def audit(
     for version, entry in enumerate(entries, 1):
         if (entry.version, entry.update.base_version) != (version, version - 1):
             raise InvalidValue("journal", f"entry {version} is of version {entry.version}")
-        if entry.digest_before not in (None, digests[-1]):
+        if entry.digest_before != digests[-1]:
             failures.append(f"version {version}: the digest before it is {entry.digest_before}, not {digests[-1]}")
         if entry.rollback_to is not None:
             if not 0 <= entry.rollback_to < version:
                 raise InvalidValue("journal", f"version {version} is a rollback to {entry.rollback_to}")
             flat, digest = kept[entry.rollback_to], digests[entry.rollback_to]
         else:
-            flat = apply_update(flat, layout, adapter.noise, entry.update)
+            flat = replayer.apply(flat, entry.update)
             digest = coefficients_digest(flat, layout) if exact else entry.digest
             terms += len(entry.update.terms)
             largest = max(largest, float(np.abs(flat).max()))
@@ -138,6 +138,8 @@ def _about(export: Path, adapter: AdapterInfo) -> dict[str, Any]:
         raise InvalidValue(str(file), f"is not JSON: {error}") from error
     if not isinstance(about, dict) or about.get("adapter") != adapter.name:
         raise InvalidValue(f"{file}: adapter", f"must be {adapter.name}: this is an export of something else")
+    if not isinstance(about.get("version"), int):
+        raise InvalidValue(f"{file}: version", f"must be a number, is {about.get('version')!r}")
     return about
 
 

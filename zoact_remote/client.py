@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from zoact_remote.adapter import Adapter
 from zoact_remote.errors import Conflict, ConnectionFailed, ZoActError
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
+from zoact_remote.tenants import Tenants
 from zoact_remote.transport import REFUSED, Transport
 from zoact_remote.wire import AdapterInfo, Basis, Info
 
@@ -160,6 +162,11 @@ class Client:
                     request_id=conflict.request_id,
                 ) from None
         return adapter
+
+    @cached_property
+    def tenants(self) -> Tenants:
+        """Who holds keys, for the operator."""
+        return Tenants(self._transport)
 
     def close(self) -> None:
         """Release the connections."""

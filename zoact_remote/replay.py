@@ -11,8 +11,9 @@ reached by the updates of its :func:`lineage` alone.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +75,64 @@ def direction(layout: Layout, distribution: Distribution, seed: int) -> NDArray[
     return flat
 
 
+class Replayer:
+    """Applies the updates of one adapter, and keeps the directions used last: a seed stands in many updates in a row.
+
+    Signs are kept as bits, Gaussian values as they are.
+
+    Args:
+        layout: where the sites lie.
+        distribution: the adapter's noise.
+        limit: bytes of directions kept at most.
+
+    """
+
+    def __init__(self, layout: Layout, distribution: Distribution, limit: int = 1 << 28) -> None:
+        self._layout = layout
+        self._distribution = distribution
+        self._limit = limit
+        self._held = 0
+        self._kept: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def apply(self, flat: NDArray[np.float32], update: Update) -> NDArray[np.float32]:
+        """See :func:`apply_update`."""
+        kept = flat * np.float32(1.0 - update.decay) if update.decay else flat.copy()
+        if update.normaliser is None:
+            return self._add_terms(kept, update.terms)
+        step = self._add_terms(np.zeros_like(kept), update.terms)
+        moment = np.full_like(kept, np.float32(update.normaliser.offset))
+        for seed, scalar in update.normaliser.terms:
+            moment += np.float32(scalar) * np.square(self._direction(seed))
+        root: NDArray[np.float32] = np.sqrt(moment)
+        return kept + step / (root + np.float32(update.normaliser.epsilon))
+
+    def _add_terms(self, flat: NDArray[np.float32], terms: Iterable[tuple[int, float]]) -> NDArray[np.float32]:
+        for seed, scalar in terms:
+            flat += np.float32(scalar) * self._direction(seed)
+        return flat
+
+    def _direction(self, seed: int) -> NDArray[np.float32]:
+        if seed in self._kept:
+            self._kept.move_to_end(seed)
+            return self._unpacked(self._kept[seed])
+        flat = direction(self._layout, self._distribution, seed)
+        packed = self._kept[seed] = np.packbits(flat < 0) if self._distribution == "rademacher" else flat
+        self._held += packed.nbytes
+        while self._held > self._limit:
+            self._held -= self._kept.popitem(last=False)[1].nbytes
+        return flat
+
+    def _unpacked(self, packed: NDArray[Any]) -> NDArray[np.float32]:
+        if self._distribution != "rademacher":
+            return packed
+        flat = np.unpackbits(packed, count=self._layout.size).astype(np.float32)
+        flat *= -2.0
+        flat += 1.0
+        for start, stop in self._layout.gaps:
+            flat[start:stop] = 0.0
+        return flat
+
+
 def apply_update(
     flat: NDArray[np.float32], layout: Layout, distribution: Distribution, update: Update
 ) -> NDArray[np.float32]:
@@ -89,15 +148,7 @@ def apply_update(
         float32 ``[layout.size]``.
 
     """
-    kept = flat * np.float32(1.0 - update.decay) if update.decay else flat.copy()
-    if update.normaliser is None:
-        return _add_terms(kept, update.terms, layout, distribution)
-    step = _add_terms(np.zeros_like(kept), update.terms, layout, distribution)
-    moment = np.full_like(kept, np.float32(update.normaliser.offset))
-    for seed, scalar in update.normaliser.terms:
-        moment += np.float32(scalar) * np.square(direction(layout, distribution, seed))
-    root: NDArray[np.float32] = np.sqrt(moment)
-    return kept + step / (root + np.float32(update.normaliser.epsilon))
+    return Replayer(layout, distribution).apply(flat, update)
 
 
 def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:
@@ -105,15 +156,7 @@ def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]
 
     The updates of one :func:`lineage`: a journal with rollbacks holds more of them than count.
     """
-    flat = np.zeros(layout.size, dtype=np.float32)
+    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, distribution)
     for update in updates:
-        flat = apply_update(flat, layout, distribution, update)
-    return flat
-
-
-def _add_terms(
-    flat: NDArray[np.float32], terms: Iterable[tuple[int, float]], layout: Layout, distribution: Distribution
-) -> NDArray[np.float32]:
-    for seed, scalar in terms:
-        flat += np.float32(scalar) * direction(layout, distribution, seed)
+        flat = replayer.apply(flat, update)
     return flat

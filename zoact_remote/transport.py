@@ -257,7 +257,8 @@ def _was_sent(error: requests.RequestException) -> bool:
 
 def _ends_in_its_head(response: requests.Response) -> bool:
     """Whether an answer broke off before its body: Python's HTTP client takes that for the end of the head."""
-    announced = any(header in response.headers for header in ("content-length", "transfer-encoding"))
+    length, coding = (response.headers.get(name, "").strip() for name in ("content-length", "transfer-encoding"))
+    announced = length.isdigit() or coding.lower() == "chunked"
     return not (announced or response.status_code in PASSING | {204} or response.content)
 
 

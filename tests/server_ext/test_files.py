@@ -11,7 +11,7 @@ import pytest
 
 from server_ext import basis_files
 from server_ext.model_digest import SAMPLE, checkpoint_directory, model_digest
-from server_ext.store import basis_digest
+from zoact_remote.digest import basis_digest
 
 
 def basis() -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:

@@ -51,13 +51,14 @@ class ChaosProxy:
         rate: share of exchanges to which something happens.
 
     Attributes:
+        target: where answers come from; it may be changed, as when a server comes back elsewhere.
         url: where the proxy listens.
         happened: how often each of ``FAULTS`` did.
 
     """
 
     def __init__(self, target: str, *, seed: int, rate: float = 0.5) -> None:
-        self._target = urlsplit(target).netloc
+        self.target = target
         self._random = random.Random(seed)
         self._rate = rate
         self._lock = threading.Lock()
@@ -115,7 +116,7 @@ class ChaosProxy:
 
     def _forward(self, request: Request) -> bytes:
         """The server's answer, as it goes over the wire."""
-        upstream = HTTPConnection(self._target, timeout=UPSTREAM_TIMEOUT_S)
+        upstream = HTTPConnection(urlsplit(self.target).netloc, timeout=UPSTREAM_TIMEOUT_S)
         try:
             upstream.request(request.method, request.path, request.body, request.headers)
             answer = upstream.getresponse()

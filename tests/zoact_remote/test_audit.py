@@ -176,7 +176,14 @@ def test_a_zero_has_its_sign(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "about", ['{"adapter": "acme/other", "version": 1}', '{"adapter": "acme/triage", "version": 9}', "[]", "{"]
+    "about",
+    [
+        '{"adapter": "acme/other", "version": 1}',
+        '{"adapter": "acme/triage", "version": 9}',
+        '{"adapter": "acme/triage"}',
+        "[]",
+        "{",
+    ],
 )
 def test_an_export_of_something_else_is_refused(tmp_path: Path, about: str) -> None:
     info, entries = history(LAYOUT, STEPS)
@@ -199,7 +206,7 @@ def test_gaussian_coefficients_need_only_be_close(tmp_path: Path) -> None:
     # Another device's digests: of their own, but of a piece.
     renamed = {entry.digest: f"sha256:{entry.digest[-9:]}" for entry in entries if entry.version not in (0, 1)}
     other = [
-        replace(e, digest=renamed.get(e.digest, e.digest), digest_before=renamed.get(e.digest_before, e.digest_before))  # type: ignore[arg-type]
+        replace(e, digest=renamed.get(e.digest, e.digest), digest_before=renamed.get(e.digest_before, e.digest_before))
         for e in entries
     ]
     info = replace(about, digest=other[-1].digest)
@@ -221,8 +228,15 @@ def test_a_server_passes(servers: Servers, tmp_path: Path, noise: Distribution) 
         adapter = new_adapter(client, noise=noise, basis=Basis(positions="both"), rows=ROWS)
         for version in range(5):
             adapter.update(Update(version, ((version, 0.1), (version + 1, -0.03)), decay=0.01))
-        adapter.export(tmp_path, version=3)
-        found = adapter.audit(tmp_path)
-        assert not found.failures
-        assert (found.version, found.exported, found.exact) == (5, 3, noise == "rademacher")
+        assert adapter.rollback(2).version == 6
+        adapter.update(Update(6, ((9, 0.2),)))
+        assert adapter.rollback(6).version == 8
+        for version in (3, 7, 8):
+            adapter.export(tmp_path, version=version)
+            found = adapter.audit(tmp_path)
+            assert not found.failures
+            assert (found.version, found.exported, found.exact) == (8, version, noise == "rademacher")
+        entries = list(adapter.journal())
+        assert [entry.rollback_to for entry in entries[5:]] == [2, None, 6]
+        assert entries[1].digest == entries[5].digest == entries[7].digest == found.digest or not found.exact
         assert found.layout == adapter.layout()

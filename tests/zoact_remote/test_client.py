@@ -317,7 +317,8 @@ def test_journal_is_read_to_its_end(adapter: Adapter, server: responses.Requests
     def page(after: int, versions: range) -> None:
         updates = [
             Update(v - 1, ((v, 0.5),), key=str(v)).to_json()
-            | {"version": v, "digest": "sha256:3", "time": "2026-11-22T01:02:03Z"}
+            | {"version": v, "digest": "sha256:3", "digest_before": "sha256:2", "rollback_to": None}
+            | {"time": "2026-11-22T01:02:03Z"}
             for v in versions
         ]
         query = matchers.query_param_matcher({"after": after, "limit": 2})

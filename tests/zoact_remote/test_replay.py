@@ -14,7 +14,7 @@ from tests.strategies import SEEDS, layouts, updates
 from zoact_remote import Normaliser, Update
 from zoact_remote.layout import Layout, Site
 from zoact_remote.noise import DISTRIBUTIONS, Distribution, draw
-from zoact_remote.replay import apply_update, direction, lineage, replay
+from zoact_remote.replay import Replayer, apply_update, direction, lineage, replay
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)
@@ -59,6 +59,18 @@ def test_gaps_stay_zero(layout: Layout, distribution: Distribution, history: lis
     found = replay(layout, distribution, history)
     for start, stop in layout.gaps:
         assert not found[start:stop].view(np.uint32).any(), "not even a negative zero"
+
+
+@given(layouts(), st.sampled_from(DISTRIBUTIONS), st.lists(updates(), max_size=4), st.sampled_from([0, 200, 1 << 20]))
+def test_directions_that_are_kept_are_those_that_are_drawn(
+    layout: Layout, distribution: Distribution, history: list[Update], limit: int
+) -> None:
+    replayer = Replayer(layout, distribution, limit)
+    found = expected = np.zeros(layout.size, np.float32)
+    for update in history * 2:
+        found = replayer.apply(found, update)
+        expected = apply_update(expected, layout, distribution, update)
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
 @given(layouts(), SEEDS)

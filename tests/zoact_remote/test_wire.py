@@ -89,10 +89,11 @@ def test_losses_that_are_not_finite() -> None:
 @pytest.mark.parametrize("time", ["2026-11-22T01:02:03Z", "2026-11-22T01:02:03+00:00"])
 def test_journal_entry(time: str) -> None:
     update = Update(4, ((7, 0.25),), key="k")
-    entry = JournalEntry.from_json(update.to_json() | {"version": 5, "digest": "sha256:0", "time": time})
+    about = {"version": 5, "digest_before": "sha256:1", "digest": "sha256:0", "rollback_to": None, "time": time}
+    entry = JournalEntry.from_json(update.to_json() | about)
     assert entry.update == update
     assert entry.time == datetime(2026, 11, 22, 1, 2, 3, tzinfo=timezone.utc)
-    assert (entry.digest_before, entry.rollback_to) == (None, None)
+    assert entry.rollback_to is None
 
 
 def test_journal_entry_of_a_rollback() -> None:

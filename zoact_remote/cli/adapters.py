@@ -76,7 +76,9 @@ def audit(
             made = found.audit(export)
         if made.failures:
             shown = "\n".join(made.failures[:SHOWN_FAILURES])
-            raise CommandFailed(f"{len(made.failures)} things do not agree, of which the first:\n{shown}")
+            raise CommandFailed(
+                f"{adapter} is not what its journal makes: {len(made.failures)} of its checks failed\n{shown}"
+            )
         compared = "the coefficients" if made.exact else "the journal; Gaussian coefficients differ between devices"
         lines = [f"{adapter} is at version {made.version}: every digest is that of {compared}"]
         if export is not None:

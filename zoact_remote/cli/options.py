@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -40,7 +39,12 @@ Version = Annotated[int | None, typer.Option(min=0, help="The newest if not give
 
 TaskName = Annotated[
     str | None,
-    typer.Option(help="A built-in task (sst2, subj, trec, agnews) or a task's JSON file.", rich_help_panel=_DATA),
+    typer.Option(
+        help="A task's TOML file, or a built-in task: sst2, sst5, subj, trec, agnews, rte, cb, boolq, wic, copa, "
+        "squad, mawps, gsm8k, tickets.",
+        metavar="FILE|NAME",
+        rich_help_panel=_DATA,
+    ),
 ]
 Template = Annotated[
     str | None,
@@ -69,7 +73,15 @@ TextField = Annotated[
 LabelField = Annotated[
     str | None, typer.Option(help="The field that holds the label.", metavar="FIELD", rich_help_panel=_DATA)
 ]
-Data = Annotated[Path, typer.Argument(help="Records, a JSON object a line.", metavar="DATA.jsonl", show_default=False)]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="Records: a file (.jsonl, .csv, .tsv or .parquet), or a data set on the hub, such as ag_news@test or "
+        "super_glue:copa@validation.",
+        metavar="FILE|NAME",
+        show_default=False,
+    ),
+]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ import numpy as np
 from zoact_remote.cli.data import spread
 from zoact_remote.cli.output import CommandFailed, Output
 from zoact_remote.cli.progress import Watched, training_bar
-from zoact_remote.cli.run_files import METRICS, RESULT, RunFiles
+from zoact_remote.cli.run_files import CHECKPOINT, METRICS, RESULT, RunFiles
 from zoact_remote.cli.settings import TrainingSettings
+from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation, calibrated, evaluate
 from zoact_remote.files import write_atomically
 from zoact_remote.report import write_report
@@ -70,7 +71,7 @@ def train_adapter(
         rows: to train on; the basis is taken from some of them.
         eval_rows: held out; may be empty.
         settings: of the run.
-        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.json``,
+        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.toml``,
             ``result.json`` and ``report.html``.
         output: where progress is shown.
         go_on: train an adapter that has been trained before, from its newest version.
@@ -79,6 +80,10 @@ def train_adapter(
     """
     if not rows:
         raise CommandFailed("there are no rows to train on")
+    if not (go_on or (resume and (directory / CHECKPOINT).is_file())):
+        # Before anything of a run that was cut off is forgotten.
+        with suppress(NotFound):
+            _check_untrained(client.adapter(name))
     eval_rows = spread(eval_rows, settings.eval_rows)
     directory.mkdir(parents=True, exist_ok=True)
     info = client.info()
@@ -91,7 +96,7 @@ def train_adapter(
         "eval_rows": rows_digest(eval_rows),
     }
     with closing(RunFiles(directory, about, resume=resume)) as files:
-        (directory / "task.json").write_text(_dump(task.to_dict()), encoding="utf-8")
+        (directory / "task.toml").write_text(task.to_toml(), encoding="utf-8")
         ready = files.started
         adapter = client.adapter(name) if ready else _ready_adapter(client, name, rows, settings, output, go_on)
         files.bind(adapter.info)
@@ -151,12 +156,8 @@ def _ready_adapter(
 ) -> Adapter:
     # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
     adapter = client.create_adapter(name, rank=settings.rank, basis=settings.make_basis(), exist_ok=True)
-    if adapter.info.version and not go_on:
-        raise CommandFailed(
-            f"{name} has been trained already (version {adapter.info.version}): train it further with --continue, "
-            f"resume a run that was cut off with --resume, give another name, or delete it with zoact adapters "
-            f"--delete {name}"
-        )
+    if not go_on:
+        _check_untrained(adapter)
     if adapter.info.state == "new":
         sample = spread(rows, settings.calibration_rows)
         with output.waiting(f"taking the basis from {len(sample)} rows"):
@@ -164,6 +165,15 @@ def _ready_adapter(
             basis = adapter.calibrate(sample, exist_ok=True)
         output.note(_about_basis(adapter, basis))
     return adapter
+
+
+def _check_untrained(adapter: Adapter) -> None:
+    if adapter.info.version:
+        raise CommandFailed(
+            f"{adapter.name} has been trained already (version {adapter.info.version}): go on with a run that was cut "
+            "off with --resume, train it further with --continue, give another name, or delete it with zoact adapters "
+            f"--delete {adapter.name}"
+        )
 
 
 def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
@@ -210,12 +220,10 @@ def _facts(
         "engine": f"{info.engine} {info.engine_version}, {info.dtype}",
         "adapter": adapter.name,
         "trained coefficients": f"{adapter.info.parameters:,}",
-        "template": repr(task.template),
     }
-    if task.labels is None:
-        about["completion"] = repr(task.completion)
-    else:
-        about["labels"] = ", ".join(f"{label}: {word!r}" for label, word in task.labels.items())
+    for setting, value in task.to_dict().items():
+        table = isinstance(value, Mapping)
+        about[setting] = ", ".join(f"{name}: {word!r}" for name, word in value.items()) if table else repr(value)
     about |= {"training rows": f"{rows:,}", "rows evaluated": f"{eval_rows:,}"}
     return about | {name.replace("_", " "): value for name, value in asdict(settings).items()}
 
@@ -250,7 +258,7 @@ def _result(
         "settings": asdict(settings),
         "files": {
             name: str(directory / file)
-            for name, file in (("metrics", METRICS), ("task", "task.json"), ("report", "report.html"))
+            for name, file in (("metrics", METRICS), ("task", "task.toml"), ("report", "report.html"))
         },
     }
 

@@ -15,6 +15,7 @@ The last two are cut back to what the checkpoint covers when a run is resumed, s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,14 +49,15 @@ class RunFiles(Callback):
 
     def __init__(self, directory: Path, about: Mapping[str, Any], *, resume: bool) -> None:
         self._checkpoint = directory / CHECKPOINT
+        about = {"format": FORMAT, **about}
         if resume and self._checkpoint.is_file():
             self._saved: Json = json.loads(self._checkpoint.read_bytes())
-            _check(self._saved, {"format": FORMAT, **about})
+            _check(self._saved, json.loads(json.dumps(about)))
         else:
             # The checkpoint goes first: without it, what is left of the others does not count.
             for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
                 (directory / name).unlink(missing_ok=True)
-            self._saved = {"format": FORMAT, **about, "adapter": None, "trainer": None}
+            self._saved = {**about, "adapter": None, "trainer": None}
             self._write()
         state = self._saved["trainer"]
         # The step done last is still to be finished; its line comes after that.
@@ -129,6 +131,8 @@ class RunFiles(Callback):
 
     def _note(self, step: int | None, evaluation: Evaluation) -> None:
         _append(self._evaluations, {"step": step, **asdict(evaluation)})
+        # The steps to come build on it, and it is not made again.
+        os.fsync(self._evaluations.fileno())
 
     def _write(self) -> None:
         write_atomically(self._checkpoint, json.dumps(self._saved).encode())

@@ -330,7 +330,7 @@ class JournalEntry:
         version: the version that it made.
         update: the update; one of no terms for a rollback.
         digest: digest of that version's coefficients (:mod:`zoact_remote.digest`).
-        digest_before: digest of the coefficients of the version before; None where the server does not say.
+        digest_before: digest of the coefficients of the version before.
         rollback_to: the version whose coefficients a rollback took up again; None for an update.
         time: when it was written.
 
@@ -339,7 +339,7 @@ class JournalEntry:
     version: int
     update: Update
     digest: str
-    digest_before: str | None
+    digest_before: str
     rollback_to: int | None
     time: datetime
 
@@ -349,8 +349,8 @@ class JournalEntry:
             version=data["version"],
             update=Update.from_json(data),
             digest=data["digest"],
-            digest_before=data.get("digest_before"),
-            rollback_to=data.get("rollback_to"),
+            digest_before=data["digest_before"],
+            rollback_to=data["rollback_to"],
             time=read_time(data["time"]),
         )
 

@@ -116,6 +116,17 @@ def test_lines_that_the_checkpoint_does_not_cover_are_dropped(
     assert left(name) == undisturbed
 
 
+def test_a_run_that_was_cut_off_is_not_forgotten_by_accident(
+    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any
+) -> None:
+    cut_off(7, answered=False)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    assert "with --resume" in run(*train, code=1).stderr
+    run(*train, "--resume")
+    assert left(name) == undisturbed
+
+
 def test_training_further_is_resumed_too(data: str, name: str, client: Client, cut_off: Any) -> None:
     first = ("train", data, "--adapter", name, *OPTIONS)
     run(*first)
