@@ -26,7 +26,8 @@ SLOTS = 4
 """Adapters and probes that vLLM takes into one batch: few, so that tests can ask for more."""
 KEY = "sesame"
 """The key of the fixture ``server_with_key``."""
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+"""One thread a process: the models are too small for two, which on a busy machine wait for each other."""
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What a joy to watch. It was", "choices": [" terrible", " great"], "answer": 1},
@@ -150,7 +151,7 @@ class Server:
         self._process = None
 
     def client(self, **options: Any) -> Client:
-        return Client(self.url, **{"timeout": CALL_TIMEOUT_S, "retries": 0, **options})
+        return Client(self.url, **{"timeout": CALL_TIMEOUT_S, "retries": 0, "patience": 0.0, **options})
 
 
 class Servers:

@@ -15,7 +15,7 @@ from tests.server_ext.conftest import ENGINES
 from tests.support import Server, new_adapter
 from zoact_remote import ConnectionFailed, Losses, Probe, Update, UpdateResult, ZoActError
 
-ROWS = [{"prompt": [5 + i] * 200, "completion": [seed] * 4} for i in range(8) for seed in range(8)]
+ROWS = [{"prompt": [5 + i] * 200, "completion": [6]} for i in range(32)]
 PROBES = [Probe(seed, 0.01) for seed in range(4)]
 SETTLED_S = 0.1
 """A call that was sent this long ago has reached the server."""
@@ -28,23 +28,25 @@ class Call:
     outcome: Any
 
 
-def over_and_over(make: Callable[[int], Any]) -> tuple[threading.Thread, list[Call]]:
-    """Makes calls one after another on a thread, until one fails."""
-    calls: list[Call] = []
+class Caller(threading.Thread):
+    """Makes calls one after another, until one fails."""
 
-    def work() -> None:
-        while not calls or not isinstance(calls[-1].outcome, ZoActError):
-            started = time.monotonic()
-            outcome: Any
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.started = time.monotonic()
+        self._make = make
+        self.start()
+
+    def run(self) -> None:
+        outcome: Any = None
+        while not isinstance(outcome, ZoActError):
+            self.started = time.monotonic()
             try:
-                outcome = make(len(calls))
+                outcome = self._make(len(self.calls))
             except ZoActError as error:
                 outcome = error
-            calls.append(Call(started, time.monotonic(), outcome))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    return thread, calls
+            self.calls.append(Call(self.started, time.monotonic(), outcome))
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -55,24 +57,22 @@ def test_a_server_that_is_asked_to_end(tiny_model: Path, tmp_path: Path, engine:
             adapter, idle = new_adapter(client), new_adapter(client)
             idle.update(Update(0, ((1, 0.1),)))
             beside = other.adapter(adapter.name)
-            threads = [
-                over_and_over(lambda number: adapter.update(Update(number, ((number, 0.01),)))),
-                over_and_over(lambda _: beside.losses(ROWS, PROBES)),
-            ]
-            time.sleep(1)
+            updates = Caller(lambda number: adapter.update(Update(number, ((number, 0.01),))))
+            losses = Caller(lambda _: beside.losses(ROWS, PROBES))
+            while len(updates.calls) < 5 or not SETTLED_S < time.monotonic() - losses.started < 2 * SETTLED_S:
+                time.sleep(0.01)
             asked = time.monotonic()
             server.stop()
-            for thread, _ in threads:
-                thread.join(60)
-        updates, losses = (calls for _, calls in threads)
-        assert any(call.started < asked - SETTLED_S and call.ended > asked for call in losses), "none was under way"
-        for call in (*updates, *losses):
-            if call.started < asked - SETTLED_S:
-                assert isinstance(call.outcome, (UpdateResult, Losses)), call.outcome
-        for calls in (updates, losses):
-            refused = calls[-1].outcome
+            for caller in (updates, losses):
+                caller.join(60)
+        assert any(call.started < asked - SETTLED_S and call.ended > asked for call in losses.calls)
+        for caller, kind in ((updates, UpdateResult), (losses, Losses)):
+            for call in caller.calls:
+                if call.started < asked - SETTLED_S:
+                    assert isinstance(call.outcome, kind)
+            refused = caller.calls[-1].outcome
             assert isinstance(refused, ConnectionFailed) or (refused.status, refused.code) == (503, "draining")
-        acknowledged = [call.outcome for call in updates[:-1]]
+        acknowledged = [call.outcome for call in updates.calls[:-1]]
         before = server.log.read_text()
         assert '"drained"' in before
         assert "calls cut off" not in before
