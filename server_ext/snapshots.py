@@ -77,5 +77,11 @@ def superseded(versions: list[int], every: int) -> list[int]:
     if not versions:
         return []
     newest = versions[-1] // every
-    numbers = [(version, version // every) for version in versions[:-2]]
-    return [version for version, number in numbers if newest - number > 2 * (number & -number)]
+    before, found = None, []
+    for version in versions[:-2]:
+        number = version // every
+        # A server that stops writes one wherever it is: of those between two regular ones the first will do.
+        if number == before or newest - number > 2 * (number & -number):
+            found.append(version)
+        before = number
+    return found

@@ -21,11 +21,13 @@ from zoact_remote.cli.vllm_command import key_environment
 from zoact_remote.noise import Distribution
 
 CALL_TIMEOUT_S = (5.0, 90.0)
+STOP_WITHIN_S = 90.0
 SLOTS = 4
 """Adapters and probes that vLLM takes into one batch: few, so that tests can ask for more."""
 KEY = "sesame"
 """The key of the fixture ``server_with_key``."""
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "2"}
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+"""One thread a process: the models are too small for two, which on a busy machine wait for each other."""
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": "What a joy to watch. It was", "choices": [" terrible", " great"], "answer": 1},
@@ -83,6 +85,11 @@ class Process:
             os.killpg(self._popen.pid, signal.SIGKILL)
         self._popen.wait(30)
 
+    def stop(self) -> None:
+        """Asks it to end, as an operator does, and waits until it has."""
+        self._popen.terminate()
+        self._popen.wait(STOP_WITHIN_S)
+
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + READY_WITHIN_S
         while self._popen.poll() is None and time.monotonic() < deadline:
@@ -137,8 +144,14 @@ class Server:
             self._process.kill()
             self._process = None
 
+    def stop(self) -> None:
+        """Asks the server to end and waits until it has; it can be started again."""
+        assert self._process is not None
+        self._process.stop()
+        self._process = None
+
     def client(self, **options: Any) -> Client:
-        return Client(self.url, **{"timeout": CALL_TIMEOUT_S, "retries": 0, **options})
+        return Client(self.url, **{"timeout": CALL_TIMEOUT_S, "retries": 0, "patience": 0.0, **options})
 
 
 class Servers:

@@ -57,10 +57,14 @@ def tear_journal(state: Path, rng: random.Random) -> bool:
 
 def spoil_snapshot(state: Path, rng: random.Random) -> bool:
     """Damages the newest snapshot of one adapter. Returns False if there is none."""
-    folders = [folder for folder in (state / "snapshots").iterdir() if list(folder.glob("*.safetensors"))]
-    if not folders:
+    by_adapter: dict[str, list[Path]] = {}
+    for path in (state / "snapshots").glob("*/*.safetensors"):
+        # One that was emptied before, and has not been looked at since, cannot get worse.
+        if path.stat().st_size:
+            by_adapter.setdefault(path.parent.name, []).append(path)
+    if not by_adapter:
         return False
-    newest = max(rng.choice(folders).glob("*.safetensors"), key=lambda path: int(path.stem))
+    newest = max(rng.choice(list(by_adapter.values())), key=lambda path: int(path.stem))
     content = bytearray(newest.read_bytes())
     kind = rng.choice(["bit", "cut", "garbage", "empty"])
     if kind == "bit":

@@ -79,7 +79,7 @@ class Victim:
         self.start()
         with self.client(OPERATOR_KEY) as operator:
             operator.wait_until_ready()
-            self.keys = {tenant: self._add(tenant) for tenant in TENANTS}
+            self.keys = {tenant: operator.tenants.add(tenant, {"requests_per_minute": None}) for tenant in TENANTS}
 
     def start(self) -> None:
         self.pid = self._supervisor.start(self.state, self._port, {"ZOACT_API_KEY": OPERATOR_KEY})
@@ -100,17 +100,6 @@ class Victim:
 
         client._transport._session.hooks["response"].append(note)
         return client
-
-    def _add(self, tenant: str) -> str:
-        response = requests.post(
-            f"http://{LOOPBACK}:{self._port}/zoact/v1/tenants",
-            json={"name": tenant, "limits": {"requests_per_minute": None}},
-            headers={"authorization": f"Bearer {OPERATOR_KEY}"},
-            timeout=60,
-        )
-        response.raise_for_status()
-        key: str = response.json()["key"]
-        return key
 
 
 class Tenant(threading.Thread):
