@@ -93,7 +93,7 @@ class Tenants:
     """
 
     def __init__(self, path: Path, operator_keys: Iterable[str] = (), fixed: Iterable[Tenant] = ()) -> None:
-        self._operators = [key_digest(key) for key in operator_keys]
+        self._operators = [key if DIGEST.fullmatch(key) else key_digest(key) for key in operator_keys]
         self._fixed = {tenant.name: tenant for tenant in fixed}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -214,8 +214,8 @@ class Tenants:
 
 
 def key_digest(key: str) -> str:
-    """How a key is kept. A digest given in its place is taken as it is."""
-    return key if DIGEST.fullmatch(key) else "sha256:" + hashlib.sha256(key.encode()).hexdigest()
+    """How a key is kept."""
+    return "sha256:" + hashlib.sha256(key.encode()).hexdigest()
 
 
 class _FileEntry(BaseModel):

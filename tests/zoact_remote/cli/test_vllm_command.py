@@ -21,6 +21,7 @@ def command(*extra: str, **changes: Any) -> tuple[dict[str, list[str]], dict[str
         "max_rank": 8,
         "slots": 8,
         "api_key": None,
+        "keys": None,
         "on_cpu": False,
         "environment": {},
         "plugins": (),
@@ -84,7 +85,15 @@ def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after:
 def test_the_key_is_no_flag() -> None:
     flags, environment = command(api_key=KEY)
     assert KEY not in [value for values in flags.values() for value in values]
-    assert environment["VLLM_API_KEY"] == KEY
+    assert environment["ZOACT_API_KEY"] == KEY
+
+
+@pytest.mark.parametrize("given", [{"api_key": KEY}, {"keys": Path("keys.toml")}])
+def test_where_there_are_keys_vllm_has_one_that_nobody_knows(given: dict[str, Any]) -> None:
+    first, second = (command(**given)[1]["VLLM_API_KEY"] for _ in range(2))
+    assert first != second
+    assert KEY not in first
+    assert "VLLM_API_KEY" not in command(environment={"VLLM_API_KEY": "theirs"}, **given)[1]
 
 
 @pytest.mark.parametrize(
