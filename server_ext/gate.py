@@ -130,11 +130,7 @@ class PlainRoute(APIRoute):
             except RecursionError:
                 response = error_response(ApiError(400, "invalid_value", "the body is nested too deeply"), request_id)
             except Exception:
-                log.exception("request failed", request_id=request_id, path=request.url.path)
-                failed = ApiError(
-                    500, "internal_error", "the server failed; its log has the details under this request id"
-                )
-                response = error_response(failed, request_id)
+                response = internal_error(request.url.path, request_id)
             response.headers[REQUEST_ID] = request_id
             return response
 
@@ -208,6 +204,13 @@ def error_response(error: ApiError, request_id: str) -> JSONResponse:
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
     return JSONResponse(error.body(request_id), error.status, headers)
+
+
+def internal_error(path: str, request_id: str) -> JSONResponse:
+    """The answer to a call that the server failed at; the exception under way is logged."""
+    log.exception("request failed", request_id=request_id, path=path)
+    failed = ApiError(500, "internal_error", "the server failed; its log has the details under this request id")
+    return error_response(failed, request_id)
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -28,7 +28,7 @@ from structlog.contextvars import bind_contextvars, bound_contextvars
 
 from server_ext.adapters import Adapter
 from server_ext.errors import ApiError, invalid
-from server_ext.gate import Gate, error_response, limited, request_id_of
+from server_ext.gate import Gate, error_response, internal_error, limited, request_id_of
 from server_ext.logs import log
 from server_ext.model_names import ModelName
 from server_ext.routes import PREFIX
@@ -141,6 +141,8 @@ class OpenAIRoutes:
                 outcome |= {"code": error.code, "param": error.param}
             except ClientDisconnect:
                 return None
+            except Exception:
+                app = internal_error(path, request_id)
             if self._key is not None:
                 # Whoever we let in passes vLLM's check, which does not know tenants.
                 headers = MutableHeaders(raw=list(scope["headers"]))
@@ -235,7 +237,7 @@ class OpenAIRoutes:
 
 
 def install(app: FastAPI, gate: Gate, engine: VllmEngine, models: Any, key: str | None) -> None:
-    """Puts the middleware around vLLM's app, which must not have been called yet, and the names into its models.
+    """Puts the middleware around vLLM's app and the names into its models, before the server listens.
 
     vLLM resolves names in the table of an instance that its routes share, and answers with the name that this instance
     gives a LoRA. There is no other door for names that differ by caller and change with every update.
@@ -250,8 +252,9 @@ def install(app: FastAPI, gate: Gate, engine: VllmEngine, models: Any, key: str 
         return str(stock_name(lora_request))
 
     models.model_name = model_name
-    # Added last, it stands outermost, before vLLM's own check of keys.
-    app.add_middleware(OpenAIRoutes, gate=gate, engine=engine, models=models, key=key)
+    # Around what vLLM has built already, its own check of keys included.
+    inner = app.middleware_stack or app.build_middleware_stack()
+    app.middleware_stack = OpenAIRoutes(inner, gate, engine, models, key)
 
 
 def _card(base: Mapping[str, Any], name: str, newest: str, adapter: Adapter) -> dict[str, Any]:
