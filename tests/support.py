@@ -96,11 +96,18 @@ class Process:
 class Server:
     """``zoact serve`` on a free port, with its state in a directory of its own."""
 
-    def __init__(self, model: Path, engine: str, directory: Path, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        engine: str,
+        directory: Path,
+        api_key: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.engine = engine
         self._model = model
         self._directory = directory
-        self._environment = {} if api_key is None else {"ZOACT_API_KEY": api_key}
+        self._environment = {**(environment or {}), **({} if api_key is None else {"ZOACT_API_KEY": api_key})}
         self._process: Process | None = None
 
     @property
