@@ -24,7 +24,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from structlog.contextvars import bind_contextvars, bound_contextvars
+from structlog.contextvars import bound_contextvars
 
 from server_ext.adapters import Adapter
 from server_ext.errors import ApiError, invalid
@@ -66,7 +66,7 @@ class Asked:
     Attributes:
         name: as the request has it.
         served: with the version that answers.
-        lora: by which vLLM knows it.
+        lora: what vLLM knows it by.
 
     """
 
@@ -109,10 +109,10 @@ class OpenAIRoutes:
 
     def __init__(self, app: ASGIApp, gate: Gate, engine: VllmEngine, models: Any, key: str | None) -> None:
         self._app = app
+        self._inner = app if key is None else _with_key(app, key)
         self._gate = gate
         self._engine = engine
         self._models = models
-        self._key = key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket") or scope.get("method") == "OPTIONS":
@@ -134,7 +134,7 @@ class OpenAIRoutes:
             stack.enter_context(bound_contextvars(request_id=request_id))
             try:
                 caller = self._gate.tenants.identify(connection.headers.get("authorization", ""))
-                bind_contextvars(tenant=caller.tenant)
+                stack.enter_context(bound_contextvars(tenant=caller.tenant))
                 app, receive = await self._enter(caller, path, scope, receive, stack)
             except ApiError as error:
                 app = error_response(error, request_id)
@@ -143,11 +143,6 @@ class OpenAIRoutes:
                 return None
             except Exception:
                 app = internal_error(path, request_id)
-            if self._key is not None:
-                # Whoever we let in passes vLLM's check, which does not know tenants.
-                headers = MutableHeaders(raw=list(scope["headers"]))
-                headers["authorization"] = f"Bearer {self._key}"
-                scope = {**scope, "headers": headers.raw}
             try:
                 await app(scope, receive, answer)
             finally:
@@ -167,7 +162,7 @@ class OpenAIRoutes:
         if not listing and path not in TEXT:
             if caller.tenant is not None:
                 raise ApiError(403, "operator_only", f"{path} is for the operator's key")
-            return self._app, receive
+            return self._inner, receive
         stack.enter_context(self._gate.call(caller))
         if listing:
             one = path.removeprefix(MODELS).removeprefix("/")
@@ -175,17 +170,15 @@ class OpenAIRoutes:
         body = await limited(Request(scope, receive), caller.limits.max_request_bytes).body()
         content = _json_object(body)
         name = content.get("model")
-        found = self._find(caller, name) if isinstance(name, str) else None
-        if path == "/v1/responses" and (found is not None or caller.tenant is not None):
+        ours = isinstance(name, str) and await self._serve(caller, name, stack)
+        if path == "/v1/responses" and (ours or caller.tenant is not None):
             for member in STORED:
                 if content.get(member):
                     # vLLM keeps responses of all tenants together, and a version is held for as long as a call.
                     raise invalid(member, "responses are not stored for tenants, nor for tuned models")
-        if found is not None:
-            await self._serve(*found, stack)
-        return self._app, _replay(body, receive)
+        return self._inner, _replay(body, receive)
 
-    def _find(self, caller: Caller, name: str) -> tuple[str, ModelName, Adapter] | None:
+    def _find(self, caller: Caller, name: str) -> tuple[ModelName, Adapter] | None:
         """The model of ours that a name stands for, with its version; None for a name that is left to vLLM.
 
         Raises:
@@ -200,25 +193,30 @@ class OpenAIRoutes:
         if wanted is None or not caller.owns(wanted.adapter) or wanted.adapter not in registry:
             return None
         adapter = registry.calibrated(wanted.adapter)
-        return name, replace(wanted, version=registry.existing(adapter, wanted.version, "model")), adapter
+        return replace(wanted, version=registry.existing(adapter, wanted.version, "model")), adapter
 
-    async def _serve(self, name: str, model: ModelName, adapter: Adapter, stack: AsyncExitStack) -> None:
-        """Has vLLM find a model under the name that it was asked for by, and holds its version."""
+    async def _serve(self, caller: Caller, name: str, stack: AsyncExitStack) -> bool:
+        """Has vLLM find a model of ours under its name, and holds its version; False for a name that is vLLM's."""
+        found = self._find(caller, name)
+        if found is None:
+            return False
+        model, adapter = found
         assert model.version is not None
-        bind_contextvars(adapter=model.adapter, version=model.version)
+        stack.enter_context(bound_contextvars(adapter=model.adapter, version=model.version))
         point = await stack.enter_async_context(self._gate.service.registry.at(adapter, model.version))
         if model.probe is not None:
             point = replace(point, seed=model.probe.seed, epsilon=model.probe.sign * model.probe.epsilon)
         lora = self._engine.lora_request(point)
         assert lora is not None
         stack.callback(_asked.reset, _asked.set(Asked(name, str(model), lora)))
+        return True
 
     async def _list(self, caller: Caller) -> dict[str, Any]:
         """``/v1/models`` as vLLM answers it, with the caller's adapters behind."""
         listed: dict[str, Any] = (await self._models.show_available_models()).model_dump()
         base = listed["data"][0]
         for adapter in self._gate.service.registry.all():
-            if caller.owns(adapter.row.name) and adapter.digest is not None:
+            if caller.owns(adapter.row.name) and adapter.info().state == "ready":
                 newest = str(ModelName(adapter.row.name, adapter.version))
                 listed["data"].append(_card(base, adapter.row.name, newest, adapter))
         return listed
@@ -232,7 +230,7 @@ class OpenAIRoutes:
         found = self._find(caller, name)
         if found is None:
             raise ApiError(404, "model_not_found", f"model: there is no model {name!r}", "model")
-        _, model, adapter = found
+        model, adapter = found
         return _card(listed[0], name, str(model), adapter)
 
 
@@ -255,6 +253,17 @@ def install(app: FastAPI, gate: Gate, engine: VllmEngine, models: Any, key: str 
     # Around what vLLM has built already, its own check of keys included.
     inner = app.middleware_stack or app.build_middleware_stack()
     app.middleware_stack = OpenAIRoutes(inner, gate, engine, models, key)
+
+
+def _with_key(app: ASGIApp, key: str) -> ASGIApp:
+    """An app that is asked with a key in place of the caller's: vLLM's own check does not know tenants."""
+
+    async def ask(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = MutableHeaders(raw=list(scope["headers"]))
+        headers["authorization"] = f"Bearer {key}"
+        await app({**scope, "headers": headers.raw}, receive, send)
+
+    return ask
 
 
 def _card(base: Mapping[str, Any], name: str, newest: str, adapter: Adapter) -> dict[str, Any]:

@@ -5,7 +5,8 @@ vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
     --enable-lora --worker-extension-cls server_ext.worker.ZoActWorker --lora-target-modules q_proj ...
 
 ``zoact serve`` sets all of this. The environment may set ``ZOACT_STATE``, the directory of the journal, and the keys
-that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too.
+that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too. Where there are keys,
+vLLM's own routes ask for one (``server_ext.openai_routes``).
 """
 
 from __future__ import annotations
