@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import HTTPConnection
 from starlette.types import Message
 from structlog.contextvars import bound_contextvars
 
@@ -22,7 +23,7 @@ from server_ext.errors import ApiError
 from server_ext.logs import log
 from server_ext.rate import RateLimit
 from server_ext.service import Service
-from server_ext.tenants import Tenants
+from server_ext.tenants import Caller, Tenants
 
 REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
@@ -79,9 +80,15 @@ class Gate:
             raise ApiError(503, "not_ready", "the server is still starting", retry_after=READY_RETRY_S)
 
     @contextmanager
-    def call(self) -> Iterator[None]:
-        """A call under way, which a stopping server waits for."""
+    def call(self, caller: Caller) -> Iterator[None]:
+        """A call under way: it counts against its caller's limit, and a stopping server waits for it.
+
+        Raises:
+            ApiError: the server is not ready (503), or the caller has called too often (429).
+
+        """
         self.check_ready()
+        self.rate.take(caller.tenant or "", caller.limits.requests_per_minute)
         self._calls += 1
         self._idle.clear()
         try:
@@ -119,20 +126,16 @@ class PlainRoute(APIRoute):
                 raise _unreadable_body(error) from error
 
         async def handler(request: Request) -> Response:
-            request_id = request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
+            request_id = request_id_of(request)
             response: Response
             try:
                 response = await self.answer(request, handle, request_id)
             except ApiError as error:
-                response = _response(error, request_id)
+                response = error_response(error, request_id)
             except RequestValidationError as error:
-                response = _response(_validation_error(error), request_id)
+                response = error_response(_validation_error(error), request_id)
             except Exception:
-                log.exception("request failed", request_id=request_id, path=request.url.path)
-                failed = ApiError(
-                    500, "internal_error", "the server failed; its log has the details under this request id"
-                )
-                response = _response(failed, request_id)
+                response = internal_error(request.url.path, request_id)
             response.headers[REQUEST_ID] = request_id
             return response
 
@@ -161,9 +164,8 @@ class ZoActRoute(PlainRoute):
             started = time.perf_counter()
             outcome: dict[str, Any] = {"status": status.HTTP_500_INTERNAL_SERVER_ERROR}
             try:
-                with gate.call():
-                    gate.rate.take(caller.tenant or "", caller.limits.requests_per_minute)
-                    response = await handle(_limited(request, caller.limits.max_request_bytes))
+                with gate.call(caller):
+                    response = await handle(limited(request, caller.limits.max_request_bytes))
                 outcome = {"status": response.status_code}
                 return response
             except ApiError as error:
@@ -177,7 +179,12 @@ class ZoActRoute(PlainRoute):
                 log.info("call", method=request.method, route=self.path, seconds=seconds, **outcome)
 
 
-def _limited(request: Request, most: int) -> Request:
+def request_id_of(request: HTTPConnection) -> str:
+    """The id that the caller gave its request, or a new one."""
+    return request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
+
+
+def limited(request: Request, most: int) -> Request:
     """A request whose body is refused once it is longer than a number of bytes."""
     too_large = ApiError(413, "request_too_large", f"the body exceeds max_request_bytes ({most})")
     announced = request.headers.get("content-length", "")
@@ -196,9 +203,19 @@ def _limited(request: Request, most: int) -> Request:
     return Request(request.scope, receive)
 
 
-def _response(error: ApiError, request_id: str) -> JSONResponse:
-    headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
+def error_response(error: ApiError, request_id: str) -> JSONResponse:
+    """The answer to a call that is refused."""
+    headers = {REQUEST_ID: request_id}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
     return JSONResponse(error.body(request_id), error.status, headers)
+
+
+def internal_error(path: str, request_id: str) -> JSONResponse:
+    """The answer to a call that the server failed at; the exception under way is logged."""
+    log.exception("request failed", request_id=request_id, path=path)
+    failed = ApiError(500, "internal_error", "the server failed; its log has the details under this request id")
+    return error_response(failed, request_id)
 
 
 def _unreadable_body(error: HTTPException | RecursionError) -> ApiError:

@@ -5,7 +5,8 @@ vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
     --enable-lora --worker-extension-cls server_ext.worker.ZoActWorker --lora-target-modules q_proj ...
 
 ``zoact serve`` sets all of this. The environment may set ``ZOACT_STATE``, the directory of the journal, and the keys
-that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too.
+that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too. Where there are keys,
+vLLM's own routes ask for one (``server_ext.openai_routes``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
+from server_ext import openai_routes
 from server_ext.gate import Gate
 from server_ext.routes import health, router
 from server_ext.service import Service
@@ -37,6 +39,7 @@ class ZoActPlugin:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes."""
+        self._app = app
         app.include_router(router)
         app.include_router(health)
 
@@ -54,9 +57,10 @@ class ZoActPlugin:
         check_settings(engine_client.vllm_config, args)
         directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
         engine = await VllmEngine.attach(engine_client)
-        keys = args.api_key or [os.environ.get("VLLM_API_KEY", "")]
-        gate = Gate(Service(engine, directory), open_tenants(directory, [key for key in keys if key]))
+        keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+        gate = Gate(Service(engine, directory), open_tenants(directory, keys))
         state.zoact = gate
+        openai_routes.install(self._app, gate, engine, state.openai_serving_models, keys[0] if keys else None)
         self._restoring = asyncio.create_task(gate.restore())
         drain_first(engine_client, gate)
 

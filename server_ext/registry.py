@@ -92,6 +92,10 @@ class Registry:
         """Every adapter, oldest first."""
         return list(self._adapters.values())
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is an adapter of a name."""
+        return name in self._adapters
+
     def adapter(self, name: str) -> Adapter:
         """Raises ApiError (404) for a name that is not there."""
         try:
@@ -247,7 +251,7 @@ class Registry:
             return adapter.version
         if version > adapter.version:
             raise ApiError(
-                404, "version_not_found", f"{param}: {version} does not exist; the newest is {adapter.version}", param
+                404, "version_not_found", f"{param}: no version {version}; the newest is {adapter.version}", param
             )
         return version
 

@@ -28,9 +28,9 @@ LARGEST_SCALAR = 1e30
 SMALLEST_DIVISOR = 2.0**-126
 """Divisors below float32's smallest normal number may be zero on a device."""
 
-_NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
-TENANT = f"^{_NAME}$"
-TENANT_ADAPTER = f"^{_NAME}/{_NAME}$"
+NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+TENANT = f"^{NAME}$"
+TENANT_ADAPTER = f"^{NAME}/{NAME}$"
 
 Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf_nan=False)]
 Weight = Annotated[Scalar, Field(ge=0)]

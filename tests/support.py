@@ -105,12 +105,18 @@ class Server:
     """``zoact serve`` on a free port, with its state in a directory of its own."""
 
     def __init__(
-        self, model: Path, engine: str, directory: Path, api_key: str | None = None, keys: Path | None = None
+        self,
+        model: Path,
+        engine: str,
+        directory: Path,
+        api_key: str | None = None,
+        keys: Path | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
         self._model = model
         self._directory = directory
-        self._environment = key_environment(api_key, keys)
+        self._environment = {**(environment or {}), **key_environment(api_key, keys)}
         self._process: Process | None = None
 
     @property

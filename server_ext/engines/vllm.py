@@ -156,7 +156,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output: Any = await self._request(context.tokens, parameters, self._lora(point))
+        output: Any = await self._request(context.tokens, parameters, self.lora_request(point))
         # Lists by position of log-probabilities by token; vLLM leaves them out where none were asked for.
         after: Any = output.outputs[0].logprobs
         before: Any = output.prompt_logprobs
@@ -177,7 +177,7 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        completion = (await self._request(tokens, parameters, self._lora(point))).outputs[0]
+        completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return GeneratedText(tuple(completion.token_ids), text, completion.finish_reason == "stop")
 
@@ -187,8 +187,8 @@ class VllmEngine:
         outputs = self._client.generate(prompt, parameters, name, lora_request=lora)
         return [output async for output in outputs][-1]
 
-    def _lora(self, point: Point | None) -> LoRARequest | None:
-        """The request's LoRA. Name and path say all that its weights depend on, so nothing cached can be stale."""
+    def lora_request(self, point: Point | None) -> LoRARequest | None:
+        """A request's LoRA. Name and path say all that its weights depend on, so nothing cached can be stale."""
         if point is None:
             return None
         number = self._lora_ids.pop(point.name, None) or next(self._next_lora_id)

@@ -1,7 +1,11 @@
-"""An export, served as a LoRA by vLLM without the extension, is what the server that trained it scores."""
+"""An export, served as a LoRA by vLLM without the extension, is what the server that trained it serves by name."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from tests.support import CALL_TIMEOUT_S, Process, Servers, trained_adapter
+from tests.support import CALL_TIMEOUT_S, Process, Server, Servers, trained_adapter
 from zoact_remote import Adapter, Client
 from zoact_remote.cli.local_server import free_port
 
@@ -19,6 +23,27 @@ TUNED = "tuned"
 PROMPT_TOKENS = 4
 SEQUENCES = ([0, 40, 41, 42, 50, 51, 52, 53], [0, 300, 7, 8, 9, 10, 11], [0, *range(100, 140)])
 """Prompts with their completions, in ids: this is about weights, not about tokenisers."""
+FILMS = [
+    {"prompt": "What a joy to watch. It was", "choices": [" terrible", " great"], "answer": 1},
+    {"prompt": "The second half was dull. It was", "choices": [" bad", " good"], "answer": 0},
+    {"prompt": "A fine cast, and a waste of time. It was", "choices": [" slow", " great"], "answer": 0},
+]
+TASK = """
+task: films
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {films}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: prompt
+doc_to_choice: choices
+doc_to_target: answer
+target_delimiter: ""
+metric_list:
+  - metric: acc
+  - metric: brier_score
+"""
+"""A task of lm-evaluation-harness, with its documents in a file."""
 ROWS = [
     {"prompt": ids[:place], "completion": [ids[place]]} for ids in SEQUENCES for place in range(PROMPT_TOKENS, len(ids))
 ]
@@ -26,8 +51,13 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def client(servers: Servers) -> Iterator[Client]:
-    with servers("transformers").client() as client:
+def server(servers: Servers) -> Server:
+    return servers("vllm")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Client]:
+    with server.client() as client:
         yield client
 
 
@@ -59,6 +89,37 @@ def test_stock_vllm_gives_an_export_the_same_logprobs(stock_vllm: str, adapter: 
     tuned, base = (adapter.scores(ROWS, version=version) for version in (None, 0))
     assert served == pytest.approx([row.logprobs[0] for row in tuned.rows], abs=1e-4)
     assert served != pytest.approx([row.logprobs[0] for row in base.rows], abs=0.1), "training must show for this test"
+
+
+def test_the_evaluation_harness_finds_the_same(
+    server: Server, stock_vllm: str, adapter: Adapter, tiny_model: Path, tmp_path: Path
+) -> None:
+    films = tmp_path / "films.jsonl"
+    films.write_text("\n".join(map(json.dumps, FILMS)))
+    (tmp_path / "films.yaml").write_text(TASK.format(films=films))
+
+    scores, logprobs = run_harness(tmp_path, server.url, adapter.name, tiny_model)
+    stock_scores, stock_logprobs = run_harness(tmp_path, stock_vllm, TUNED, tiny_model)
+    assert logprobs == pytest.approx(stock_logprobs, abs=1e-4)
+    assert scores == pytest.approx(stock_scores, abs=1e-4)
+
+
+def run_harness(directory: Path, url: str, model: str, tokenizer: Path) -> tuple[dict[str, float], list[float]]:
+    """What lm-evaluation-harness makes of a model: its scores, and the log-likelihood of every choice."""
+    output = directory / model.replace("/", "-")
+    arguments = {"model": model, "base_url": f"{url}/v1/completions", "tokenizer": tokenizer, "num_concurrent": 1}
+    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--include_path", str(directory)]
+    command += ["--model_args", ",".join(f"{name}={value}" for name, value in arguments.items())]
+    command += ["--tasks", "films", "--output_path", str(output), "--log_samples"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(directory / "huggingface")}
+    done = subprocess.run(command, env={**os.environ, **offline}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (results,) = output.rglob("results_*.json")
+    (samples,) = output.rglob("samples_*.jsonl")
+    found = json.loads(results.read_text())["results"]["films"]
+    scores = {name: found[f"{name},none"] for name in ("acc", "brier_score")}
+    read = [json.loads(line) for line in samples.read_text().splitlines()]
+    return scores, [float(choice[0][0]) for sample in read for choice in sample["resps"]]
 
 
 def completion_logprobs(url: str, model: str, ids: list[int]) -> list[float]:

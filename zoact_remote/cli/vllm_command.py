@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,9 +108,9 @@ def vllm_command(
             arguments += [name, *values]
     changes = {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins), "ZOACT_STATE": str(state.resolve())}
     changes |= key_environment(api_key, keys)
-    if api_key is not None:
-        # vLLM's own routes ask for it too.
-        changes["VLLM_API_KEY"] = api_key
+    if (api_key is not None or keys is not None) and "VLLM_API_KEY" not in environment:
+        # vLLM starts without a plug-in that fails to load. Then nobody knows the key of its routes.
+        changes["VLLM_API_KEY"] = secrets.token_urlsafe(32)
     if on_cpu:
         changes |= {name: value for name, value in CPU_ENVIRONMENT.items() if name not in environment}
     return VllmCommand([*arguments, *extra], changes)

@@ -85,8 +85,16 @@ def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after:
 def test_keys_are_no_flags() -> None:
     flags, environment = command(api_key=KEY, keys=Path("keys.toml"))
     assert KEY not in [value for values in flags.values() for value in values]
-    assert environment["VLLM_API_KEY"] == environment["ZOACT_API_KEY"] == KEY
+    assert environment["ZOACT_API_KEY"] == KEY
     assert environment["ZOACT_KEYS"] == str(Path("keys.toml").resolve())
+
+
+@pytest.mark.parametrize("given", [{"api_key": KEY}, {"keys": Path("keys.toml")}])
+def test_where_there_are_keys_vllm_has_one_that_nobody_knows(given: dict[str, Any]) -> None:
+    first, second = (command(**given)[1]["VLLM_API_KEY"] for _ in range(2))
+    assert first != second
+    assert KEY not in first
+    assert "VLLM_API_KEY" not in command(environment={"VLLM_API_KEY": "theirs"}, **given)[1]
 
 
 @pytest.mark.parametrize(
