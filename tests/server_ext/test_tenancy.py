@@ -135,7 +135,8 @@ def words(answer: requests.Response, name: str = "NAME") -> tuple[Any, ...]:
 @pytest.mark.parametrize(("method", "path"), BODIES)
 def test_anothers_adapter_is_not_there(house: House, secret: Adapter, method: str, path: str) -> None:
     before = state(secret)
-    for body in (BODIES[method, path], {}, {"bogus": 1}, [], "text", None):
+    bodies: list[Any] = [BODIES[method, path], {}, {"bogus": 1}, [], "text", None]
+    for body in bodies:
         told = []
         for name in (SECRET, NOBODY):
             tenant, _, adapter = name.partition("/")
@@ -348,6 +349,16 @@ def test_too_many_calls_are_told_to_wait(house: House, secret: Adapter) -> None:
     assert house.call("umbra", "GET", "/adapters").status_code == 200
     house.call("operator", "PUT", "/tenants/hasty/limits", {"requests_per_minute": None})
     assert house.call("hasty", "GET", "/adapters").status_code == 200
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, 10**400, "many"])
+def test_a_limit_is_a_whole_number_of_some_size(house: House, value: Any) -> None:
+    for limit in ("requests_per_minute", "max_rows", "max_coefficient_bytes"):
+        before = house.call("operator", "GET", "/tenants").text
+        answer = house.call("operator", "PUT", "/tenants/umbra/limits", {limit: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, limit)
+        assert house.call("operator", "GET", "/tenants").text == before
+    assert house.call("umbra", "GET", "/info").status_code == 200
 
 
 def test_a_tenant_of_the_keys_file_is_as_it_says(house: House) -> None:

@@ -74,19 +74,20 @@ class Fuzz:
             suppress_health_check=list(HealthCheck),
         )
         @given(st.one_of(strategies), st.booleans(), st.booleans())
-        def call(case: schemathesis.Case, as_tenant: bool, timely: bool) -> None:
+        def call(case: schemathesis.Case[Any], as_tenant: bool, timely: bool) -> None:
             self._call(case, as_tenant, timely)
 
         call()
 
-    def _call(self, case: schemathesis.Case, as_tenant: bool, timely: bool) -> None:
+    def _call(self, case: schemathesis.Case[Any], as_tenant: bool, timely: bool) -> None:
         body = case.body
         if isinstance(body, dict):
             for part in (body, body.get("update")):
                 if timely and isinstance(part, dict) and "base_version" in part:
                     part["base_version"] = self._version()
-            if isinstance(body.get("max_tokens"), int) and timely:
-                body["max_tokens"] = min(body["max_tokens"], MOST_TOKENS)
+            tokens = body.get("max_tokens")
+            if isinstance(tokens, int) and timely:
+                body["max_tokens"] = min(tokens, MOST_TOKENS)
         key = self._key if as_tenant else OPERATOR
         try:
             response = case.call(headers={"authorization": f"Bearer {key}"}, timeout=TIMEOUT_S)
@@ -106,7 +107,7 @@ class Fuzz:
         else:
             self._state = self._settle()
 
-    def _report(self, case: schemathesis.Case, what: str) -> None:
+    def _report(self, case: schemathesis.Case[Any], what: str) -> None:
         self.findings.append(f"{case.method} {case.formatted_path} {case.query} {str(case.body)[:300]}: {what[:500]}")
 
     def _version(self) -> int:
