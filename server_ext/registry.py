@@ -363,7 +363,7 @@ class Registry:
             raise storage_failed(error) from error
 
     def _sweep(self) -> None:
-        """Removes what a killed server left behind: files half written, and those of adapters that are gone."""
+        """Removes what a server that was killed left behind: half-written files, and those of deleted adapters."""
         keys = {adapter.row.key for adapter in self.all()}
         for path in self._directory.rglob(f"*{PARTIAL}"):
             path.unlink()

@@ -12,7 +12,7 @@ PARTIAL = ".partial"
 def write_atomically(path: Path, content: bytes) -> None:
     """Put a file in place, on disk when this returns; after a crash the file is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}{PARTIAL}")
+    partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("wb") as file:
             file.write(content)

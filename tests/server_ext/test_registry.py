@@ -80,11 +80,16 @@ class Stage:
 
     def kill(self) -> None:
         """Goes on with the files as they are: what a process that dies leaves behind."""
+        # Snapshots are written on a thread, and hypothesis wants to see the same twice.
+        self.run(self._settle())
         copy = Path(tempfile.mkdtemp(dir=self.directory.parent))
         # The shared memory file is an index of the log beside it, which SQLite builds anew.
         shutil.copytree(self.directory, copy, ignore=shutil.ignore_patterns("*-shm"), dirs_exist_ok=True)
         self.stop()
         self.directory = copy
+
+    async def _settle(self) -> None:
+        await asyncio.gather(*self.registry._snapshot_tasks)
 
     def change(self, name: str, change: Change) -> tuple[int, str, bool]:
         async def make() -> tuple[int, str, bool]:

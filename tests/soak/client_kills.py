@@ -27,7 +27,8 @@ from tests.support import Server
 from tests.tiny_model import make_tiny_model
 from zoact_remote import Client, NotFound
 
-STEPS, EVAL_EVERY = 60, 7
+STEPS, EVAL_EVERY = 16, 5
+"""A short run, so that many of the kills hit a run that begins."""
 OPTIONS = ["--steps", str(STEPS), "--batch-size", "2", "--eval-every", str(EVAL_EVERY), "--learning-rate", "0.05"]
 RECORDS = [{"text": f"ticket {i}", "label": ("billing", "bug")[i % 2]} for i in range(40)]
 FINISH_WITHIN_S = 600.0
@@ -139,9 +140,8 @@ def killed(server: str, directory: Path, expected: dict[str, Any], kills: int, s
         runs += 1
         place: str | None = ""
         while place is not None and places.total() < kills:
-            # Short lives for the most part, so that few runs take many kills.
             under_way = rng.random() < 0.7
-            seconds = rng.expovariate(1 / 0.2) if under_way else rng.uniform(0, 3)
+            seconds = rng.expovariate(1 / 0.15) if under_way else rng.uniform(0, 3)
             place = training.kill_after(seconds, under_way=under_way)
             places.update([place] if place else [])
         training.finish()

@@ -72,8 +72,7 @@ def attempt(*arguments: str) -> int:
     return CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code
 
 
-@pytest.mark.parametrize("answered", [False, True])
-@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize(("first", "answered"), [(1, True), (2, False), (3, True)])
 def test_a_run_cut_off_again_and_again_ends_as_if_it_had_not_been(
     data: str, name: str, client: Client, undisturbed: dict[str, Any], cut_off: Any, first: int, answered: bool
 ) -> None:
