@@ -23,6 +23,8 @@ MAX_TERMS = 4096
 """Terms an update may list."""
 MAX_CHOICES = 128
 """Choices a row may have: vLLM reads at most this many candidate tokens at a position."""
+LARGEST_LIMIT = 2**53
+"""Larger whole numbers are not exact in everybody's JSON."""
 LARGEST_SCALAR = 1e30
 """Scalars beyond this overflow float32 once squared or summed."""
 SMALLEST_DIVISOR = 2.0**-126
@@ -366,7 +368,7 @@ class NoiseSpec(Message):
     distributions: list[str]
 
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=LARGEST_LIMIT)]
 
 
 class TenantLimits(Message):
@@ -379,7 +381,7 @@ class TenantLimits(Message):
     max_rows: Count = Field(1024, description="A call.")
     max_call_tokens: Count = Field(1 << 20, description="A call, over all of its probes' sides.")
     max_request_bytes: Count = Field(32 << 20, description="Of a call's body.")
-    requests_per_minute: Annotated[int, Field(ge=1)] | None = 6000
+    requests_per_minute: Annotated[int, Field(ge=1, le=LARGEST_LIMIT)] | None = 6000
 
     @classmethod
     def operators(cls) -> TenantLimits:

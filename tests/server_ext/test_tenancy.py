@@ -351,6 +351,16 @@ def test_too_many_calls_are_told_to_wait(house: House, secret: Adapter) -> None:
     assert house.call("hasty", "GET", "/adapters").status_code == 200
 
 
+@pytest.mark.parametrize("value", [-1, 0.5, 10**400, "many"])
+def test_a_limit_is_a_whole_number_of_some_size(house: House, value: Any) -> None:
+    for limit in ("requests_per_minute", "max_rows", "max_coefficient_bytes"):
+        before = house.call("operator", "GET", "/tenants").text
+        answer = house.call("operator", "PUT", "/tenants/umbra/limits", {limit: value})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, limit)
+        assert house.call("operator", "GET", "/tenants").text == before
+    assert house.call("umbra", "GET", "/info").status_code == 200
+
+
 def test_a_tenant_of_the_keys_file_is_as_it_says(house: House) -> None:
     with house.client("fixed") as client:
         made(client, "fixed/model")
