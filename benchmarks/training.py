@@ -41,17 +41,7 @@ def main() -> None:
         if options.sst2:
             training, held_out = (load_jsonl(options.sst2 / f"{part}.jsonl") for part in ("train", "dev"))
             files = split(directory, "sst2", training[:SST2_TO_TRAIN_ON], held_out[:400])
-            runs["SST-2"] = [
-                *files,
-                "--task",
-                "sst2",
-                "--learning-rate",
-                "3e-3",
-                "--steps",
-                "240",
-                "--eval-every",
-                "80",
-            ]
+            runs["SST-2"] = [*files, "--task", "sst2", "--steps", "400", "--eval-every", "100"]
         server = LocalServer([options.model, "--state", str(directory / "state")], directory / "log")
         try:
             with Client(server.url) as client:

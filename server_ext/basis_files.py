@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from server_ext.files import write_atomically
+from zoact_remote.files import write_atomically
 
 
 def write(path: Path, basis: dict[str, NDArray[np.float32]]) -> None:

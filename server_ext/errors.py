@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from server_ext.logs import log
+
+STORAGE_RETRY_S = 5
+
 
 class ApiError(Exception):
     """A call that is refused; nothing has changed.
@@ -44,3 +48,10 @@ class ApiError(Exception):
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     """A 400 that names the field."""
     return ApiError(400, code, f"{param}: {message}", param)
+
+
+def storage_failed(error: Exception) -> ApiError:
+    """A 503 for a disk that is full or broken; the log says which."""
+    log.error("disk failed", error=str(error))
+    message = "the server could not use its disk; nothing changed"
+    return ApiError(503, "storage_failed", message, retry_after=STORAGE_RETRY_S)

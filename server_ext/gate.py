@@ -13,6 +13,7 @@ from fastapi import Request, Response, status
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.types import Message
 from structlog.contextvars import bound_contextvars
@@ -28,7 +29,7 @@ REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
 DRAIN_S = 30.0
 
-_UNION_TAGS = {"CompletionRow", "ChoicesRow", "str", "body", "query", "path"}
+_UNION_TAGS = {"CompletionRow", "ChoicesRow", "ChatRow", "str", "body", "query", "path"}
 
 
 class Gate:
@@ -116,7 +117,13 @@ class PlainRoute(APIRoute):
     """Answers errors in OpenAI's shape and every call with a request id, whatever handlers the app around it has."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
+        inner = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            try:
+                return await inner(request)
+            except (HTTPException, RecursionError) as error:
+                raise _unreadable_body(error) from error
 
         async def handler(request: Request) -> Response:
             request_id = request_id_of(request)
@@ -127,8 +134,6 @@ class PlainRoute(APIRoute):
                 response = error_response(error, request_id)
             except RequestValidationError as error:
                 response = error_response(_validation_error(error), request_id)
-            except RecursionError:
-                response = error_response(ApiError(400, "invalid_value", "the body is nested too deeply"), request_id)
             except Exception:
                 response = internal_error(request.url.path, request_id)
             response.headers[REQUEST_ID] = request_id
@@ -211,6 +216,15 @@ def internal_error(path: str, request_id: str) -> JSONResponse:
     log.exception("request failed", request_id=request_id, path=path)
     failed = ApiError(500, "internal_error", "the server failed; its log has the details under this request id")
     return error_response(failed, request_id)
+
+
+def _unreadable_body(error: HTTPException | RecursionError) -> ApiError:
+    """Why a body could not be read: FastAPI wraps what goes wrong meanwhile, be it an error of our own."""
+    cause = error.__cause__ if isinstance(error, HTTPException) else error
+    if isinstance(cause, ApiError):
+        return cause
+    nested = isinstance(cause, RecursionError)
+    return ApiError(400, "invalid_value", "the body is nested too deeply" if nested else "the body is not JSON")
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:

@@ -3,7 +3,7 @@
 SQLite in WAL mode with ``synchronous=FULL``: an entry has reached the disk when ``append`` returns, and a change is
 appended before it is applied and before it is acknowledged. An entry is the idempotency record too. The digest of the
 coefficients after a change is written beside it once the engine has answered; an entry that has none yet was cut off
-between the two, and the next replay fills it in.
+between the two, and the next replay fills it in, or the next change.
 """
 
 from __future__ import annotations
@@ -183,6 +183,11 @@ class Journal:
             self._db.execute(
                 f"INSERT INTO entries (adapter, {ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, NULL, ?)",
                 (adapter, newest + 1, _dump(change), NOISE_VERSION, change.key, digest_before, now),
+            )
+            # If the disk was full when the newest version's own digest should have been written.
+            self._db.execute(
+                "UPDATE entries SET digest = ? WHERE adapter = ? AND version = ? AND digest IS NULL",
+                (digest_before, adapter, newest),
             )
         return newest + 1
 

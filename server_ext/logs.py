@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
+from typing import TextIO, cast
 
 import structlog
 
+
+class _Stderr:
+    """Standard error, but lines that it cannot take are lost: a log on a full disk must not fail calls."""
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
+
+
 log = structlog.wrap_logger(
-    structlog.PrintLogger(sys.stderr),
+    structlog.PrintLogger(cast(TextIO, _Stderr())),
     processors=[
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,

@@ -22,11 +22,13 @@ from server_ext import basis_files, schemas
 from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
-from server_ext.errors import ApiError, invalid
+from server_ext.errors import ApiError, invalid, storage_failed
 from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
-from server_ext.store import Point, basis_digest
+from server_ext.store import Point
+from zoact_remote.digest import basis_digest
+from zoact_remote.files import PARTIAL
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Update
 
@@ -34,7 +36,6 @@ T = TypeVar("T")
 
 SNAPSHOT_EVERY = 32
 """Changes from one snapshot to the next."""
-STORAGE_RETRY_S = 5
 
 
 class Registry:
@@ -49,13 +50,18 @@ class Registry:
         directory.mkdir(parents=True, exist_ok=True)
         self._engine = engine
         self._directory = directory
-        self._directory_lock = _lock(directory)
-        self._journal = Journal(directory / "journal.sqlite")
         self._snapshots = Snapshots(directory / "snapshots", snapshot_every)
         # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
         self._disk = ThreadPoolExecutor(1, "zoact-disk")
         self._snapshot_tasks: set[asyncio.Task[None]] = set()
-        self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+        with ExitStack() as undo:
+            self._directory_lock = _lock(directory)
+            undo.callback(os.close, self._directory_lock)
+            self._journal = Journal(directory / "journal.sqlite")
+            undo.callback(self._journal.close)
+            self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+            self._sweep()
+            undo.pop_all()
 
     async def restore(self) -> None:
         """Brings every adapter back at its last version. One that is damaged is marked so, and the others serve."""
@@ -226,7 +232,10 @@ class Registry:
 
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
         """An adapter's history behind a version."""
-        return await self._on_disk(self._journal.entries, adapter.row.key, after, adapter.version, limit)
+        newest, digest = adapter.version, adapter.digest
+        entries = await self._on_disk(self._journal.entries, adapter.row.key, after, newest, limit)
+        # The newest version's digest may be known without having reached the disk.
+        return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 
     async def basis(self, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         """A calibrated adapter's basis: float32 ``[in_features, rank]`` by input."""
@@ -355,13 +364,19 @@ class Registry:
         except FileNotFoundError:
             raise
         except (sqlite3.OperationalError, OSError) as error:
-            log.error("disk failed", error=str(error))
-            raise ApiError(
-                503,
-                "storage_failed",
-                "the server could not use its disk; nothing changed",
-                retry_after=STORAGE_RETRY_S,
-            ) from error
+            raise storage_failed(error) from error
+
+    def _sweep(self) -> None:
+        """Removes what a server that was killed left behind: half-written files, and those of deleted adapters."""
+        keys = {adapter.row.key for adapter in self.all()}
+        for path in self._directory.rglob(f"*{PARTIAL}"):
+            path.unlink()
+        for path in self._directory.glob("bases/*"):
+            if path.stem not in keys:
+                path.unlink()
+        for path in self._directory.glob("snapshots/*"):
+            if path.name not in keys:
+                self._snapshots.remove(path.name)
 
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:

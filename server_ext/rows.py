@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server_ext.errors import invalid
-from server_ext.schemas import ChoicesRow, CompletionRow, Row
+from server_ext.schemas import ChatMessage, ChatRow, ChoicesRow, CompletionRow, Row
 
 Tokens = tuple[int, ...]
 Encode = Callable[[str, bool], list[int]]
+RenderChat = Callable[[list[dict[str, str]], bool], str]
 
 
 @dataclass(frozen=True)
@@ -94,36 +95,75 @@ def tokenise(value: str | list[int], param: str, special: bool, encode: Encode, 
     return tuple(ids)
 
 
-def tokenise_rows(rows: Sequence[Row], encode: Encode, vocabulary: int, max_tokens: int) -> list[TokenRow]:
+def chat_text(messages: Sequence[ChatMessage], opened: bool, param: str, render: RenderChat) -> str:
+    """A conversation in the model's chat template.
+
+    Args:
+        messages: the conversation.
+        opened: whether the assistant's next turn is opened behind it.
+        param: where the call has it.
+        render: messages and ``opened`` to text.
+
+    Raises:
+        ApiError: the model has no chat template, or the template refuses the messages.
+
+    """
+    try:
+        return render([message.model_dump() for message in messages], opened)
+    except Exception as error:  # a chat template is a program of the model's author and may raise anything
+        raise invalid(param, f"the model's chat template refuses them: {error}") from None
+
+
+def tokenise_rows(
+    rows: Sequence[Row], encode: Encode, render: RenderChat, vocabulary: int, max_tokens: int
+) -> list[TokenRow]:
     """Rows as token ids.
 
     Args:
-        rows: rows whose prompts and continuations are text or token ids.
+        rows: rows whose prompts and continuations are text or token ids, or conversations.
         encode: as for ``tokenise``.
+        render: as for ``chat_text``.
         vocabulary: as for ``tokenise``.
         max_tokens: longest sequence, prompt and continuation together.
 
     Raises:
-        ApiError: a prompt or continuation without tokens, a token id out of range, or a row that is too long.
+        ApiError: a prompt or continuation without tokens, a token id out of range, a row that is too long, or a
+            conversation that the model's chat template cannot write.
 
     """
     result = []
     for i, row in enumerate(rows):
-        prompt = tokenise(row.prompt, f"rows[{i}].prompt", True, encode, vocabulary)
-        if isinstance(row, CompletionRow):
-            named = [(f"rows[{i}].completion", row.completion)]
-        else:
-            named = [(f"rows[{i}].choices[{j}]", choice) for j, choice in enumerate(row.choices)]
-        continuations = tuple(tokenise(value, param, False, encode, vocabulary) for param, value in named)
+        (param, start), *rest = _texts(row, f"rows[{i}]", render)
+        # A chat template writes the special tokens itself.
+        prompt = tokenise(start, param, not isinstance(row, ChatRow), encode, vocabulary)
+        continuations = tuple(tokenise(value, place, False, encode, vocabulary) for place, value in rest)
         longest = max(map(len, continuations))
         if len(prompt) + longest > max_tokens:
             raise invalid(
-                f"rows[{i}].prompt",
+                param,
                 f"prompt ({len(prompt)} tokens) and continuation ({longest}) exceed the limit of {max_tokens} tokens",
                 "context_length_exceeded",
             )
         result.append(TokenRow(prompt, continuations, row.answer if isinstance(row, ChoicesRow) else None))
     return result
+
+
+def _texts(row: Row, place: str, render: RenderChat) -> list[tuple[str, str | list[int]]]:
+    """A row's prompt and its continuations, each with where the call has it."""
+    if isinstance(row, CompletionRow):
+        return [(f"{place}.prompt", row.prompt), (f"{place}.completion", row.completion)]
+    if isinstance(row, ChoicesRow):
+        return [(f"{place}.prompt", row.prompt), *((f"{place}.choices[{j}]", c) for j, c in enumerate(row.choices))]
+    param = f"{place}.messages"
+    before = chat_text(row.messages[:-1], True, param, render)
+    whole = chat_text(row.messages, False, param, render)
+    if not whole.startswith(before):
+        raise invalid(
+            param,
+            "the model's chat template does not continue the turn that it opens for the assistant: send the text as "
+            "prompt and completion",
+        )
+    return [(param, before), (param, whole[len(before) :])]
 
 
 def contexts_of(row: TokenRow) -> list[Context]:

@@ -49,7 +49,8 @@ def _is_unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_is_unicode)] | list[Annotated[int, Field(strict=True)]]
+Unicode = Annotated[str, AfterValidator(_is_unicode)]
+Text = Unicode | list[Annotated[int, Field(strict=True)]]
 
 
 class Message(BaseModel):
@@ -80,14 +81,38 @@ class ChoicesRow(Message):
         return answer
 
 
+class ChatMessage(Message):
+    role: Unicode
+    content: Unicode
+
+
+class ChatRow(Message):
+    """A conversation in the model's chat template. Loss: mean negative log-likelihood, in nats, of its last turn.
+
+    What is scored is all that the template writes from where the assistant speaks last, its end-of-turn mark included.
+    """
+
+    messages: Annotated[list[ChatMessage], Field(min_length=2)]
+
+    @field_validator("messages")
+    @classmethod
+    def _the_assistant_speaks_last(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if messages[-1].role != "assistant":
+            raise ValueError(f"must end with the assistant's turn, which is scored, not with {messages[-1].role!r}")
+        return messages
+
+
 def _row_kind(row: Any) -> str:
-    choices = "choices" in row if isinstance(row, dict) else isinstance(row, ChoicesRow)
-    return "ChoicesRow" if choices else "CompletionRow"
+    members = row if isinstance(row, dict) else type(row).model_fields if isinstance(row, Message) else ()
+    return "ChatRow" if "messages" in members else "ChoicesRow" if "choices" in members else "CompletionRow"
 
 
 # Told apart by one member, so that an error speaks of the kind of row that was meant.
 Row = Annotated[
-    Annotated[CompletionRow, Tag("CompletionRow")] | Annotated[ChoicesRow, Tag("ChoicesRow")], Discriminator(_row_kind)
+    Annotated[CompletionRow, Tag("CompletionRow")]
+    | Annotated[ChoicesRow, Tag("ChoicesRow")]
+    | Annotated[ChatRow, Tag("ChatRow")],
+    Discriminator(_row_kind),
 ]
 
 
@@ -271,11 +296,6 @@ class Scores(Message):
     rows: list[RowScores]
     loss: float
     tokens: int
-
-
-class ChatMessage(Message):
-    role: str
-    content: str
 
 
 class AskGeneration(Message):

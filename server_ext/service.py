@@ -23,8 +23,18 @@ from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
 from server_ext.journal import AdapterRow, Change, Entry, Rollback
-from server_ext.registry import Registry
-from server_ext.rows import Context, ContextScore, RowScore, TokenRow, contexts_of, score_of, tokenise, tokenise_rows
+from server_ext.registry import SNAPSHOT_EVERY, Registry
+from server_ext.rows import (
+    Context,
+    ContextScore,
+    RowScore,
+    TokenRow,
+    chat_text,
+    contexts_of,
+    score_of,
+    tokenise,
+    tokenise_rows,
+)
 from server_ext.store import Point
 from server_ext.tenants import Caller
 from zoact_remote.layout import Layout, select_sites
@@ -46,10 +56,11 @@ class Service:
 
     """
 
-    def __init__(self, engine: Engine, directory: Path) -> None:
+    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
         self.engine = engine
-        self.registry = Registry(engine, directory)
+        self.registry = Registry(engine, directory, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
+        self._creating = asyncio.Lock()
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -78,7 +89,7 @@ class Service:
         if not caller.owns(ask.name):
             raise ApiError(403, "foreign_tenant", f"name: must begin with {caller.tenant}/ for this API key", "name")
         if ask.rank > self._max_rank(caller.limits):
-            raise invalid("rank", f"must be at most {self._max_rank(caller.limits)} on this server")
+            raise invalid("rank", f"must be at most max_rank ({self._max_rank(caller.limits)})")
         try:
             layout = Layout(select_sites(self.engine.sites, ask.sites), ask.rank)
         except ValueError as error:
@@ -86,7 +97,6 @@ class Service:
         narrowest = min(layout.inputs.values())
         if ask.rank > narrowest:
             raise invalid("rank", f"must be at most the width of the narrowest input, {narrowest}")
-        self._check_room(caller, layout)
         row = AdapterRow(
             key=uuid.uuid4().hex,
             name=ask.name,
@@ -98,7 +108,10 @@ class Service:
             basis=schemas.BasisInfo(**ask.basis.model_dump()),
             created=datetime.now(timezone.utc),
         )
-        return (await self.registry.add(row, layout)).info()
+        # One at a time: whoever asks for many at once has no more room than others.
+        async with self._creating:
+            self._check_room(caller, layout)
+            return (await self.registry.add(row, layout)).info()
 
     async def delete(self, name: str) -> None:
         async with self.registry.changing(name) as adapter:
@@ -219,23 +232,20 @@ class Service:
 
     async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
         adapter = self.registry.calibrated(name)
+        encode, vocabulary = self.engine.encode, self.engine.model.vocabulary
         if ask.messages is not None:
-            try:
-                tokens = self.engine.encode_chat([message.model_dump() for message in ask.messages])
-            except Exception as error:  # a chat template is a program of the model's author and may raise anything
-                raise invalid("messages", f"the model's chat template refuses them: {error}") from None
-            if not tokens:
-                raise invalid("messages", "the model's chat template makes nothing of them")
+            opened = chat_text(ask.messages, True, "messages", self.engine.render_chat)
+            tokens = tokenise(opened, "messages", False, encode, vocabulary)
         else:
             assert ask.prompt is not None
-            tokens = list(tokenise(ask.prompt, "prompt", True, self.engine.encode, self.engine.model.vocabulary))
+            tokens = tokenise(ask.prompt, "prompt", True, encode, vocabulary)
         room = self.engine.model.max_tokens - len(tokens)
         if ask.max_tokens > room:
             raise invalid(
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            text = await self.engine.generate(point, tuple(tokens), ask.max_tokens, ask.temperature, ask.seed)
+            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed)
         return schemas.Generation(
             version=version,
             text=text.text,
@@ -272,7 +282,7 @@ class Service:
         if len(rows) > limits.max_rows:
             raise invalid("rows", f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}")
         model = self.engine.model
-        result = tokenise_rows(rows, self.engine.encode, model.vocabulary, model.max_tokens)
+        result = tokenise_rows(rows, self.engine.encode, self.engine.render_chat, model.vocabulary, model.max_tokens)
         tokens = points * sum(len(context.tokens) for row in result for context in contexts_of(row))
         if tokens > limits.max_call_tokens:
             raise invalid(

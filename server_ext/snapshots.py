@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from server_ext.files import write_atomically
 from server_ext.logs import log
 from zoact_remote.digest import coefficients_digest
+from zoact_remote.files import write_atomically
 from zoact_remote.layout import Layout
 
 SUFFIX = ".safetensors"

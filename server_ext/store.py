@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from server_ext.coefficients import Coefficients
 from server_ext.noise import Noise, WordCache
@@ -105,13 +102,3 @@ class AdapterStore:
     def drop(self, key: str) -> None:
         """Forgets an adapter."""
         self._adapters.pop(key, None)
-
-
-def basis_digest(basis: dict[str, NDArray[np.float32]]) -> str:
-    """SHA-256 over the bases' names, shapes and float32 bytes, in order of name."""
-    sha = hashlib.sha256(b"zoact-basis-1")
-    for name in sorted(basis):
-        vectors = np.ascontiguousarray(basis[name], dtype="<f4")
-        sha.update(f"\0{name}\0{vectors.shape[0]}\0{vectors.shape[1]}\0".encode())
-        sha.update(vectors.tobytes())
-    return "sha256:" + sha.hexdigest()

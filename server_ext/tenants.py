@@ -13,8 +13,8 @@ import os
 import re
 import secrets
 import sqlite3
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,17 +22,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from server_ext.errors import ApiError
+from server_ext.errors import ApiError, storage_failed
 from server_ext.schemas import TENANT, TenantLimits
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from zoact_remote import toml
 
 KEY_VARIABLE = "ZOACT_API_KEY"
 FILE_VARIABLE = "ZOACT_KEYS"
-DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+DIGEST = re.compile(r"^sha256:[0-9a-f]{64}$")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tenants (name TEXT PRIMARY KEY, limits TEXT NOT NULL, created TEXT NOT NULL) STRICT;
 CREATE TABLE IF NOT EXISTS keys (
@@ -86,14 +82,14 @@ class Tenants:
 
     Args:
         path: of the SQLite file.
-        operator_keys: keys, or digests of keys, that open everything. With none of them, and no tenant, there is nobody
-            to tell apart and every call is the operator's.
+        operators: digests of keys that open everything. With none of them, and no tenant, there is nobody to tell apart
+            and every call is the operator's.
         fixed: tenants of the keys file, which no call can change.
 
     """
 
-    def __init__(self, path: Path, operator_keys: Iterable[str] = (), fixed: Iterable[Tenant] = ()) -> None:
-        self._operators = [key if DIGEST.fullmatch(key) else key_digest(key) for key in operator_keys]
+    def __init__(self, path: Path, operators: Iterable[str] = (), fixed: Iterable[Tenant] = ()) -> None:
+        self._operators = list(operators)
         self._fixed = {tenant.name: tenant for tenant in fixed}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
@@ -144,7 +140,7 @@ class Tenants:
         """Adds a tenant and returns its key, which is not kept.
 
         Raises:
-            ApiError: it exists (409), or the server has no operator's key (409).
+            ApiError: it exists (409), the server has no operator's key (409), or the disk failed (503).
 
         """
         if not self._operators:
@@ -154,41 +150,51 @@ class Tenants:
         if name in self._by_name:
             raise ApiError(409, "tenant_exists", f"a tenant {name!r} exists already", "name")
         created = datetime.now(timezone.utc).isoformat()
-        self._db.execute("INSERT INTO tenants VALUES (?, ?, ?)", (name, limits.model_dump_json(), created))
-        return self._new_key(name)
+        with self._change():
+            self._db.execute("INSERT INTO tenants VALUES (?, ?, ?)", (name, limits.model_dump_json(), created))
+            return self._new_key(name)
 
     def replace_key(self, name: str) -> str:
         """A new key of a tenant, in place of those that it had; it is not kept.
 
         Raises:
-            ApiError: the tenant is not there (404) or stands in the keys file (409).
+            ApiError: the tenant is not there (404) or stands in the keys file (409), or the disk failed (503).
 
         """
         self._check_changeable(name)
-        return self._new_key(name)
+        with self._change():
+            self._db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
+            return self._new_key(name)
 
     def change_limits(self, name: str, limits: TenantLimits) -> None:
         """Raises ApiError for a tenant that is not there (404) or stands in the keys file (409)."""
         self._check_changeable(name)
-        self._db.execute("UPDATE tenants SET limits = ? WHERE name = ?", (limits.model_dump_json(), name))
-        self._read()
+        with self._change():
+            self._db.execute("UPDATE tenants SET limits = ? WHERE name = ?", (limits.model_dump_json(), name))
 
     def remove(self, name: str) -> None:
         """Takes a tenant's keys away. Raises ApiError if it is not there (404) or stands in the keys file (409)."""
         self._check_changeable(name)
-        self._db.execute("DELETE FROM tenants WHERE name = ?", (name,))
-        self._read()
+        with self._change():
+            self._db.execute("DELETE FROM tenants WHERE name = ?", (name,))
 
     def close(self) -> None:
         self._db.close()
 
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """A change that is made as a whole; ApiError (503) if the disk fails, and nothing has changed."""
+        try:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.OperationalError as error:
+            raise storage_failed(error) from error
+        self._read()
+
     def _new_key(self, name: str) -> str:
         key = f"zo-{secrets.token_urlsafe(32)}"
-        self._db.execute("BEGIN IMMEDIATE")
-        self._db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
         self._db.execute("INSERT INTO keys VALUES (?, ?)", (key_digest(key), name))
-        self._db.execute("COMMIT")
-        self._read()
         return key
 
     def _check_changeable(self, name: str) -> None:
@@ -240,7 +246,9 @@ def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
         ValueError: the keys file cannot be read.
 
     """
-    operators = [*operator_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
+    given = [*operator_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
+    # Who sends a digest is nobody: only the operator, who sets the environment, may give one in a key's place.
+    operators = [key if DIGEST.fullmatch(key) else key_digest(key) for key in given]
     fixed: list[Tenant] = []
     if os.environ.get(FILE_VARIABLE):
         more, fixed = read_keys_file(Path(os.environ[FILE_VARIABLE]))
@@ -262,10 +270,10 @@ def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:
 
     """
     try:
-        file = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        file = _File.model_validate(toml.load(path))
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
     return file.operators, [Tenant(name, entry.limits, frozenset(entry.keys)) for name, entry in file.tenants.items()]

@@ -17,6 +17,7 @@ import requests
 
 from zoact_remote import Adapter, Basis, Client, Update
 from zoact_remote.cli.local_server import READY_WITHIN_S, free_port
+from zoact_remote.cli.vllm_command import key_environment
 from zoact_remote.noise import Distribution
 
 CALL_TIMEOUT_S = (5.0, 90.0)
@@ -102,12 +103,13 @@ class Server:
         engine: str,
         directory: Path,
         api_key: str | None = None,
+        keys: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.engine = engine
         self._model = model
         self._directory = directory
-        self._environment = {**(environment or {}), **({} if api_key is None else {"ZOACT_API_KEY": api_key})}
+        self._environment = {**key_environment(api_key, keys), **(environment or {})}
         self._process: Process | None = None
 
     @property
@@ -115,16 +117,24 @@ class Server:
         assert self._process is not None
         return self._process.url
 
+    @property
+    def state(self) -> Path:
+        """Where its adapters and their journal are."""
+        return self._directory / "state"
+
+    @property
+    def log(self) -> Path:
+        """What it has written to its output."""
+        return self._directory / "server.log"
+
     def start(self) -> Server:
         """Starts, and waits until every adapter is back."""
         port = free_port()
         arguments = ["-m", "zoact_remote.cli", "serve", str(self._model), "--engine", self.engine]
-        arguments += ["--port", str(port), "--state", str(self._directory / "state")]
+        arguments += ["--port", str(port), "--state", str(self.state)]
         if self.engine == "vllm":
             arguments += ["--slots", str(SLOTS)]
-        self._process = Process(
-            arguments, port, self._directory / "server.log", self._environment, "/zoact/v1/health/ready"
-        )
+        self._process = Process(arguments, port, self.log, self._environment, "/zoact/v1/health/ready")
         return self
 
     def kill(self) -> None:

@@ -2,10 +2,10 @@
 
 The server keeps weights, activations, bases and coefficients; the client sends data, seeds and scalars. A run is::
 
-    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_jsonl, tasks
+    from zoact_remote import Adam, Client, Trainer, TwoPoint, load_records, tasks
 
     task = tasks.BUILTIN["sst2"]
-    rows = task.rows(load_jsonl("train.jsonl"))
+    rows = task.rows(load_records("train.jsonl"))
     with Client("http://127.0.0.1:8000") as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
@@ -20,12 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
+    from zoact_remote.audit import Audit
+    from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
+    from zoact_remote.epsilon import EpsilonChoice, choose_epsilon
     from zoact_remote.errors import (
         AuthenticationError,
         BadRequest,
         Conflict,
         ConnectionFailed,
+        Inconclusive,
         InvalidValue,
         NotFound,
         RateLimited,
@@ -34,11 +38,13 @@ if TYPE_CHECKING:
         TooLarge,
         ZoActError,
     )
-    from zoact_remote.estimators import Estimate, Estimator, ForwardDifference, TwoPoint
-    from zoact_remote.evaluation import Evaluation, evaluate
-    from zoact_remote.optimizers import SGD, Adam, GaussianAdam, Optimizer
+    from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
+    from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
+    from zoact_remote.learning_rate import RangeTest, find_learning_rate
+    from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
-    from zoact_remote.tasks import Task, load_jsonl
+    from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
+    from zoact_remote.tenants import Tenant
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
@@ -56,12 +62,16 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "adapter": ("Adapter",),
+    "audit": ("Audit",),
+    "callbacks": ("Callback",),
     "client": ("Client",),
+    "epsilon": ("EpsilonChoice", "choose_epsilon"),
     "errors": (
         "AuthenticationError",
         "BadRequest",
         "Conflict",
         "ConnectionFailed",
+        "Inconclusive",
         "InvalidValue",
         "NotFound",
         "RateLimited",
@@ -70,11 +80,13 @@ _NAMES = {
         "TooLarge",
         "ZoActError",
     ),
-    "estimators": ("Estimate", "Estimator", "ForwardDifference", "TwoPoint"),
-    "evaluation": ("Evaluation", "evaluate"),
-    "optimizers": ("Adam", "GaussianAdam", "Optimizer", "SGD"),
+    "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
+    "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
+    "learning_rate": ("RangeTest", "find_learning_rate"),
+    "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
-    "tasks": ("Task", "load_jsonl"),
+    "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
+    "tenants": ("Tenant",),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
@@ -93,30 +105,41 @@ _NAMES = {
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
+    "FZOO",
     "SGD",
     "Adam",
+    "AdamW",
     "Adapter",
     "AdapterInfo",
+    "Audit",
     "AuthenticationError",
     "BadRequest",
     "Basis",
+    "Callback",
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EpsilonChoice",
     "Estimate",
     "Estimator",
     "Evaluation",
+    "Example",
     "ForwardDifference",
     "GaussianAdam",
     "History",
+    "Inconclusive",
     "Info",
     "InvalidValue",
+    "LeaveOneOut",
     "Losses",
     "Normaliser",
     "NotFound",
     "Optimizer",
     "Probe",
+    "RangeTest",
     "RateLimited",
+    "Record",
+    "RecordError",
     "Row",
     "Scores",
     "ServerError",
@@ -124,6 +147,7 @@ __all__ = [
     "StaleVersion",
     "StepRecord",
     "Task",
+    "Tenant",
     "TooLarge",
     "Trainer",
     "TrainingDiverged",
@@ -132,11 +156,15 @@ __all__ = [
     "UpdateResult",
     "ZoActError",
     "__version__",
+    "choose_epsilon",
     "constant",
     "cosine",
     "evaluate",
+    "evaluate_task",
+    "find_learning_rate",
     "linear",
     "load_jsonl",
+    "load_records",
 ]
 
 

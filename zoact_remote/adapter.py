@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote
 
-from zoact_remote.errors import InvalidValue, ServerError
+from zoact_remote.audit import Audit, audit
+from zoact_remote.errors import Conflict, InvalidValue, ServerError
+from zoact_remote.layout import Layout, select_sites
 from zoact_remote.transport import Transport
 from zoact_remote.wire import (
     AdapterInfo,
     BasisResult,
     Generation,
+    Info,
     JournalEntry,
     Losses,
     Probe,
@@ -61,19 +64,33 @@ class Adapter:
         self.info = self._transport.call("GET", self._path, AdapterInfo.from_json, repeatable=True)
         return self.info
 
-    def calibrate(self, rows: Sequence[Row] = ()) -> BasisResult:
+    def layout(self) -> Layout:
+        """Where its coefficients lie in the flat buffer of :mod:`zoact_remote.replay`."""
+        offered = self._transport.call("GET", "/info", Info.from_json, repeatable=True).sites
+        return Layout(select_sites(offered, self.info.sites), self.info.rank)
+
+    def calibrate(self, rows: Sequence[Row] = (), *, exist_ok: bool = False) -> BasisResult:
         """Take the basis, once, from the activations on some rows.
 
         Args:
             rows: typical data; may be empty for a random basis.
+            exist_ok: return the basis that there is if it has been taken, be it from other rows. The call is then safe
+                to repeat, and is repeated after failures that may pass.
 
         Raises:
-            Conflict: the adapter has its basis already.
+            Conflict: the adapter has its basis already, and ``exist_ok`` is false.
 
         """
-        result = self._transport.call(
-            "POST", f"{self._path}/basis", BasisResult.from_json, json={"rows": _plain(rows)}, repeatable=False
-        )
+        body = {"rows": _plain(rows)}
+        try:
+            result = self._transport.call(
+                "POST", f"{self._path}/basis", BasisResult.from_json, json=body, repeatable=exist_ok
+            )
+        except Conflict as conflict:
+            if not exist_ok or conflict.code != "basis_exists":
+                raise
+            info = self.refresh()
+            return BasisResult(info.basis_digest or "", info.energy or {}, len(rows), info.positions_seen or 0)
         self.refresh()
         return result
 
@@ -129,6 +146,28 @@ class Adapter:
         body = _keyed(update).to_json()
         return self._transport.call("POST", f"{self._path}/updates", UpdateResult.from_json, json=body, repeatable=True)
 
+    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+        """Return to a version: make a new one whose coefficients are those of an earlier one, bit for bit.
+
+        It stands in the journal as an entry of its own, and can itself be rolled back. It is done once, however often
+        it must be sent.
+
+        Args:
+            version: the one to return to; 0 is the base model.
+            base_version: the newest version as the caller knows it; None to ask the server.
+
+        Raises:
+            NotFound: there is no such version.
+            StaleVersion: the base version is not the newest one; nothing was changed.
+
+        """
+        if base_version is None:
+            base_version = self.refresh().version
+        body = {"base_version": base_version, "to_version": version, "key": uuid.uuid4().hex}
+        return self._transport.call(
+            "POST", f"{self._path}/rollback", UpdateResult.from_json, json=body, repeatable=True
+        )
+
     def scores(self, rows: Sequence[Row], *, version: int | None = None, probe: Side | None = None) -> Scores:
         """Log-likelihoods, row by row.
 
@@ -180,11 +219,11 @@ class Adapter:
         return self._transport.call("POST", f"{self._path}/generate", Generation.from_json, json=body, repeatable=False)
 
     def journal(self, after: int = 0, *, page: int = 1000) -> Iterator[JournalEntry]:
-        """All updates, oldest first, fetched page by page.
+        """All updates and rollbacks, oldest first, fetched page by page.
 
         Args:
-            after: leave out updates up to this version.
-            page: updates a call.
+            after: leave out entries up to this version.
+            page: entries a call.
 
         """
         while True:
@@ -199,6 +238,24 @@ class Adapter:
                 return
             yield from entries
             after = entries[-1].version
+
+    def audit(self, export: str | os.PathLike[str] | None = None) -> Audit:
+        """Rebuild the coefficients from the journal, with NumPy alone, and compare every digest on the way.
+
+        What does not agree is in the answer's ``failures``.
+
+        Args:
+            export: directory of a float32 :meth:`export` of any version, whose matrices are to be compared too.
+
+        Raises:
+            Conflict: the adapter has no basis yet.
+            InvalidValue: the journal has a gap, or the export is damaged or of something else.
+
+        """
+        info = self.refresh()
+        # Somebody may train it meanwhile.
+        entries = [entry for entry in self.journal() if entry.version <= info.version]
+        return audit(info, self.layout(), entries, export)
 
     def export(
         self,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from zoact_remote.adapter import Adapter
 from zoact_remote.errors import Conflict, ConnectionFailed, ZoActError
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
+from zoact_remote.tenants import Tenants
 from zoact_remote.transport import REFUSED, Transport
 from zoact_remote.wire import AdapterInfo, Basis, Info
 
@@ -33,6 +35,8 @@ class Client:
         api_key: ``$ZOACT_API_KEY`` if None.
         timeout: seconds to connect, and seconds between bytes of an answer.
         retries: how often a call is sent again at most, where that is safe (:mod:`zoact_remote.transport`).
+        patience: seconds that a call waits for a server that has answered before and is then gone, as while it is
+            restarted, where it is safe to send it again; 0 to be content with ``retries``.
 
     """
 
@@ -43,12 +47,14 @@ class Client:
         *,
         timeout: tuple[float, float] = (5.0, 600.0),
         retries: int = 5,
+        patience: float = 600.0,
     ) -> None:
         self._transport = Transport(
             url or os.environ.get("ZOACT_URL") or DEFAULT_URL,
             api_key=api_key or os.environ.get("ZOACT_API_KEY") or None,
             timeout=timeout,
             retries=retries,
+            patience=patience,
         )
 
     @property
@@ -74,7 +80,7 @@ class Client:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, retries=0)
+                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, once=True)
             except ZoActError as error:
                 waiting = isinstance(error, ConnectionFailed) or error.status in REFUSED
                 if not waiting or time.monotonic() + POLL_S > deadline:
@@ -119,7 +125,8 @@ class Client:
             sites: full names or last components of layers; None for all that the server offers.
             noise: distribution of the probes.
             basis: what the basis will be taken from, ``Basis()`` if None; :meth:`Adapter.calibrate` takes it.
-            exist_ok: return the adapter if it exists already with these very properties.
+            exist_ok: return the adapter if it exists already with these very properties. The call is then safe to
+                repeat, and is repeated after failures that may pass.
 
         Raises:
             Conflict: it exists, and ``exist_ok`` is false or its properties differ.
@@ -135,7 +142,9 @@ class Client:
             "basis": basis.to_json(),
         }
         try:
-            adapter.info = self._transport.call("POST", "/adapters", AdapterInfo.from_json, json=body, repeatable=False)
+            adapter.info = self._transport.call(
+                "POST", "/adapters", AdapterInfo.from_json, json=body, repeatable=exist_ok
+            )
         except Conflict as conflict:
             if not exist_ok or conflict.code != "adapter_exists":
                 raise
@@ -153,6 +162,11 @@ class Client:
                     request_id=conflict.request_id,
                 ) from None
         return adapter
+
+    @cached_property
+    def tenants(self) -> Tenants:
+        """Who holds keys, for the operator."""
+        return Tenants(self._transport)
 
     def close(self) -> None:
         """Release the connections."""

@@ -1,4 +1,4 @@
-"""The digest that says whether two sets of coefficients are the same, bit for bit.
+"""The digests that say whether two sets of coefficients, or two bases, are the same, bit for bit.
 
 Coefficients live on an accelerator, and an update of them takes microseconds there, so their digest must not copy them
 to the host. Each 32-bit word, tagged with its place, goes through a 64-bit mixer; the words' sum and the sum of their
@@ -12,6 +12,7 @@ The mixer is SplitMix64's finaliser (Steele, Lea and Flood, "Fast splittable pse
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from zoact_remote.layout import Layout
 
 DIGEST_TAG = b"zoact-coefficients-1"
+BASIS_TAG = b"zoact-basis-1"
 GAMMA = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 LAST_SHIFT = 31
@@ -50,4 +52,19 @@ def seal(total: int, squares: int, layout: Layout) -> str:
         sha.update(f"\0{site.name}\0{site.out_features}\0{layout.rank}".encode())
     for value in (total, squares):
         sha.update((value % 2**64).to_bytes(8, "little"))
+    return "sha256:" + sha.hexdigest()
+
+
+def basis_digest(basis: Mapping[str, NDArray[np.float32]]) -> str:
+    """Digest of a basis: SHA-256 over its inputs' names, shapes and little-endian float32 bytes, in order of name.
+
+    Args:
+        basis: float32 ``[in_features, rank]`` by input.
+
+    """
+    sha = hashlib.sha256(BASIS_TAG)
+    for name in sorted(basis):
+        vectors = np.ascontiguousarray(basis[name], dtype="<f4")
+        sha.update(f"\0{name}\0{vectors.shape[0]}\0{vectors.shape[1]}\0".encode())
+        sha.update(vectors.tobytes())
     return "sha256:" + sha.hexdigest()

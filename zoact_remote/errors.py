@@ -19,6 +19,10 @@ class InvalidValue(ValueError):
         self.param = param
 
 
+class Inconclusive(RuntimeError):
+    """Losses do not show what was to be measured with them."""
+
+
 class ZoActError(Exception):
     """A call that failed.
 

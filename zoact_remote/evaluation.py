@@ -1,40 +1,77 @@
-"""How well a version does on rows of any number."""
+"""How well a version does on rows of any number, or on a task's records."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from zoact_remote.errors import InvalidValue
-from zoact_remote.wire import Json, Row, Scores
+from zoact_remote import metrics
+from zoact_remote.errors import BadRequest, InvalidValue
+from zoact_remote.tasks import Task
+from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
+
+Progress: TypeAlias = Callable[[int, int], None]
+
+_ROW = re.compile(r"^rows\[(\d+)\]")
+
+REQUEST_TOO_LARGE = "request_too_large"
+GENERATIONS_AT_ONCE = 16
+"""Texts that are asked for side by side: a call generates one, and the server batches them."""
 
 
 class Scorer(Protocol):
-    """What can be evaluated; an :class:`~zoact_remote.adapter.Adapter` is one."""
+    """What can be evaluated on rows; an :class:`~zoact_remote.adapter.Adapter` is one."""
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         """Log-likelihoods, row by row."""
         ...
 
 
+class Generator(Scorer, Protocol):
+    """What can be evaluated on a task; an :class:`~zoact_remote.adapter.Adapter` is one."""
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 64,
+        version: int | None = None,
+    ) -> Generation:
+        """The likeliest text, token by token."""
+        ...
+
+
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores of a version over an evaluation set.
+    """Figures of a version over an evaluation set; None where one does not fit the rows, or was not asked for.
 
     Attributes:
         version: the version evaluated.
         loss: mean of the rows' losses, in nats.
-        accuracy: share of the choices rows whose likeliest choice is the answer; None if there are none.
+        accuracy: share of the choices rows whose likeliest choice is the answer.
         calibrated_accuracy: the same after each label's mean score is taken away (:func:`calibrated`). It shows how
             much of a gain is more than the removal of a model's bias for a label. None unless all rows have the same
             choices.
         logprobs: each row's summed log-likelihoods in nats, one a choice, one alone for a completion row.
         predictions: each row's likeliest choice; None for a completion row.
-        tokens: tokens that went through the model.
+        tokens: tokens that went through the model to score the rows.
+        macro_f1: of the likeliest choices (:func:`zoact_remote.metrics.macro_f1`). None unless all rows have the same
+            choices.
+        perplexity: of a token of the rows without choices.
+        exact_match: mean over the texts (:func:`zoact_remote.metrics.exact_match`).
+        token_f1: mean over the texts (:func:`zoact_remote.metrics.token_f1`).
+        number_match: mean over the texts (:func:`zoact_remote.metrics.number_match`).
+        texts: what the version generated, row by row.
 
     """
 
@@ -45,17 +82,27 @@ class Evaluation:
     logprobs: tuple[tuple[float, ...], ...]
     predictions: tuple[int | None, ...]
     tokens: int
+    macro_f1: float | None = None
+    perplexity: float | None = None
+    exact_match: float | None = None
+    token_f1: float | None = None
+    number_match: float | None = None
+    texts: tuple[str, ...] = ()
 
     def to_json(self) -> Json:
-        """The figures, without those of single rows."""
-        return {
+        """The figures, without those of single rows. Those of generated text are left out where there is none."""
+        figures = {
             "version": self.version,
             "loss": self.loss,
             "accuracy": self.accuracy,
             "calibrated_accuracy": self.calibrated_accuracy,
+            "macro_f1": self.macro_f1,
+            "perplexity": self.perplexity,
             "rows": len(self.logprobs),
             "tokens": self.tokens,
         }
+        of_text = {name: getattr(self, name) for name in metrics.OF_TEXT}
+        return figures | {name: value for name, value in of_text.items() if value is not None}
 
 
 def evaluate(
@@ -64,7 +111,7 @@ def evaluate(
     *,
     version: int | None = None,
     rows_per_call: int = 64,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
     """Score a version on rows, a batch a call.
 
@@ -72,39 +119,143 @@ def evaluate(
         adapter: what to evaluate.
         rows: at least one.
         version: None for the newest at the first call, which the others then keep to; 0 is the base model.
-        rows_per_call: at most the server's :attr:`~zoact_remote.wire.Limits.max_rows`.
+        rows_per_call: at most; a batch that is too much for the server is sent in halves.
         progress: called after each batch with the rows done and the rows in all.
+
+    Raises:
+        InvalidValue: there are no rows, or ``rows_per_call`` is less than 1.
+        BadRequest: a row is at fault; :attr:`~zoact_remote.errors.ZoActError.param` names it by its place in ``rows``.
 
     """
     if not rows:
         raise InvalidValue("rows", "at least one row is needed")
     if rows_per_call < 1:
         raise InvalidValue("rows_per_call", f"must be at least 1, got {rows_per_call}")
-    batches: list[Scores] = []
-    for start in range(0, len(rows), rows_per_call):
-        batches.append(adapter.scores(rows[start : start + rows_per_call], version=version))
-        version = batches[0].version
+    scores: list[RowScore] = []
+    tokens = 0
+    for batch in _batches(adapter, rows, version, rows_per_call):
+        scores += batch.rows
+        tokens += batch.tokens
+        version = batch.version
         if progress is not None:
-            progress(min(start + rows_per_call, len(rows)), len(rows))
-    scores = [score for batch in batches for score in batch.rows]
+            progress(len(scores), len(rows))
+    assert version is not None
     logprobs = tuple(score.logprobs for score in scores)
     predictions = tuple(
         int(np.argmax(values)) if "choices" in row else None for row, values in zip(rows, logprobs, strict=True)
     )
-    hits = [guess == row["answer"] for row, guess in zip(rows, predictions, strict=True) if guess is not None]
-    alike = all("choices" in row and row["choices"] == rows[0].get("choices") for row in rows)
-    answers = np.array([row["answer"] for row in rows]) if alike else None
-    return Evaluation(
-        version=batches[0].version,
+    chosen = [guess for guess in predictions if guess is not None]
+    answers = [row["answer"] for row in rows if "choices" in row]
+    texts = [score for row, score in zip(rows, scores, strict=True) if "choices" not in row]
+    found = Evaluation(
+        version=version,
         loss=float(np.mean([score.loss for score in scores])),
-        accuracy=float(np.mean(hits)) if hits else None,
-        calibrated_accuracy=(
-            None if answers is None else float(np.mean(calibrated(logprobs).argmax(axis=1) == answers))
-        ),
+        accuracy=metrics.accuracy(chosen, answers) if chosen else None,
+        calibrated_accuracy=None,
         logprobs=logprobs,
         predictions=predictions,
-        tokens=sum(batch.tokens for batch in batches),
+        tokens=tokens,
+        perplexity=(
+            metrics.perplexity([score.logprobs[0] for score in texts], [score.tokens[0] for score in texts])
+            if texts
+            else None
+        ),
     )
+    if texts or any(row["choices"] != rows[0]["choices"] for row in rows):
+        return found
+    likeliest = calibrated(logprobs).argmax(axis=1).tolist()
+    return replace(
+        found,
+        calibrated_accuracy=metrics.accuracy(likeliest, answers),
+        macro_f1=metrics.macro_f1(chosen, answers),
+    )
+
+
+def evaluate_task(
+    adapter: Generator,
+    task: Task,
+    records: Iterable[Mapping[str, Any]],
+    *,
+    version: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a version on a task's records and, if the task is judged by it, on the text that it generates.
+
+    Args:
+        adapter: what to evaluate.
+        task: what the records mean.
+        records: at least one.
+        version: None for the newest; 0 is the base model.
+        progress: called now and then with the rows done and the rows in all; twice over where text is generated.
+
+    Raises:
+        RecordError: a record does not fit the task.
+        BadRequest: as :func:`evaluate`.
+
+    """
+    examples = task.examples(records)
+    found = evaluate(adapter, [example.row for example in examples], version=version, progress=progress)
+    if task.metric not in metrics.OF_TEXT:
+        return found
+    assert task.max_tokens is not None
+    texts = generate_texts(
+        adapter,
+        [example.row for example in examples],
+        max_tokens=task.max_tokens,
+        stop=task.stop,
+        version=found.version,
+        progress=progress,
+    )
+    # SQuAD's two figures go together; of worked solutions to sums, only the number says anything.
+    names = ("number_match",) if task.metric == "number_match" else ("exact_match", "token_f1")
+    figures: dict[str, Any] = {
+        name: float(np.mean([metrics.OF_TEXT[name](t, e.references) for t, e in zip(texts, examples, strict=True)]))
+        for name in names
+    }
+    return replace(found, texts=texts, **figures)
+
+
+def generate_texts(
+    adapter: Generator,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int,
+    stop: str | None = None,
+    version: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """What a version answers to rows: the likeliest text, token by token.
+
+    Args:
+        adapter: what to ask.
+        rows: of a prompt or of messages; the answers in them are not shown to the model.
+        max_tokens: most tokens to generate.
+        stop: texts are cut off before it.
+        version: None for the newest; 0 is the base model.
+        progress: called after each text with the texts done and the texts in all.
+
+    Raises:
+        BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+
+    """
+
+    def ask(i: int) -> str:
+        row = rows[i]
+        asked = {"messages": row["messages"][:-1]} if "messages" in row else {"prompt": row["prompt"]}
+        with _named(f"rows[{i}].{{}}".format):
+            text = adapter.generate(**asked, max_tokens=max_tokens, version=version).text
+        return text.partition(stop)[0] if stop else text
+
+    texts: list[str] = []
+    pool = ThreadPoolExecutor(GENERATIONS_AT_ONCE)
+    try:
+        for text in pool.map(ask, range(len(rows))):
+            texts.append(text)
+            if progress is not None:
+                progress(len(texts), len(rows))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return tuple(texts)
 
 
 def calibrated(logprobs: ArrayLike) -> NDArray[np.float64]:
@@ -124,3 +275,40 @@ def calibrated(logprobs: ArrayLike) -> NDArray[np.float64]:
     scores -= np.logaddexp.reduce(scores, axis=1, keepdims=True)
     scores -= scores.mean(axis=0, keepdims=True)
     return scores
+
+
+def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per_call: int) -> Iterator[Scores]:
+    """The rows' scores, in order, in as few calls as the server's limits allow."""
+    start = 0
+    while start < len(rows):
+        batch = rows[start : start + rows_per_call]
+        try:
+            with _named(partial(_shifted, start)):
+                scores = adapter.scores(batch, version=version)
+        except BadRequest as error:
+            # Whether rows are too much together, by number, tokens or bytes, is known to the server alone.
+            too_much = error.param == "rows" or error.code == REQUEST_TOO_LARGE
+            if not too_much or len(batch) == 1:
+                raise
+            rows_per_call = math.ceil(len(batch) / 2)
+            continue
+        version = scores.version
+        start += len(batch)
+        yield scores
+
+
+def _shifted(start: int, param: str) -> str:
+    """The place of a row counted from ``start``, counted from 0."""
+    return _ROW.sub(lambda place: f"rows[{start + int(place[1])}]", param)
+
+
+@contextmanager
+def _named(rename: Callable[[str], str]) -> Iterator[None]:
+    """Gives the parameter of a failure in a call the name that it has for the caller."""
+    try:
+        yield
+    except BadRequest as error:
+        if error.param is not None:
+            old, error.param = error.param, rename(error.param)
+            error.message = error.message.replace(f"{old}: ", f"{error.param}: ", 1)
+        raise

@@ -4,11 +4,16 @@ An update is ``C <- (1 - decay) C + sum_i a_i Z(seed_i)``, or with a normaliser
 ``C <- (1 - decay) C + (sum_i a_i Z_i) / (sqrt(offset + sum_i b_i Z_i^2) + epsilon)``.
 Every scalar is rounded to float32 first and terms are added in listed order, in float32. For Rademacher noise each
 ``a_i z`` is exact, fused multiply-add or not, so every device reaches the same bits.
+
+A rollback is a version of its own, whose coefficients are those of an earlier one, bit for bit. A version is therefore
+reached by the updates of its :func:`lineage` alone.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +23,49 @@ from zoact_remote.noise import Distribution, draw
 from zoact_remote.wire import Update
 
 
+class Entry(Protocol):
+    """A row of a journal, as far as the order of versions goes."""
+
+    @property
+    def version(self) -> int:
+        """The version that it made."""
+        ...
+
+    @property
+    def rollback_to(self) -> int | None:
+        """The version whose coefficients it took up again; None for an update."""
+        ...
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+def lineage(entries: Iterable[EntryT], version: int) -> list[EntryT]:
+    """The updates that lead from zero to a version, oldest first.
+
+    Walked from the end: an update's version comes from the one before it, a rollback's from the version that it names.
+    Rollbacks, and the updates that they undid, are left out.
+
+    Raises:
+        ValueError: an entry on the way is missing, or a rollback does not lead back.
+
+    """
+    made = {entry.version: entry for entry in entries}
+    path = []
+    while version > 0:
+        if version not in made:
+            raise ValueError(f"the journal has no version {version}")
+        entry = made[version]
+        if entry.rollback_to is None:
+            path.append(entry)
+            version -= 1
+        elif 0 <= entry.rollback_to < version:
+            version = entry.rollback_to
+        else:
+            raise ValueError(f"version {version} is a rollback to {entry.rollback_to}, which is not before it")
+    return path[::-1]
+
+
 def direction(layout: Layout, distribution: Distribution, seed: int) -> NDArray[np.float32]:
     """Z(seed) for a whole adapter: float32 ``[layout.size]``, gaps zero."""
     flat = np.zeros(layout.size, dtype=np.float32)
@@ -25,6 +73,64 @@ def direction(layout: Layout, distribution: Distribution, seed: int) -> NDArray[
         count = layout.count(site)
         flat[offset : offset + count] = draw(distribution, seed, site.index, count)
     return flat
+
+
+class Replayer:
+    """Applies the updates of one adapter, and keeps the directions used last: a seed stands in many updates in a row.
+
+    Signs are kept as bits, Gaussian values as they are.
+
+    Args:
+        layout: where the sites lie.
+        distribution: the adapter's noise.
+        limit: bytes of directions kept at most.
+
+    """
+
+    def __init__(self, layout: Layout, distribution: Distribution, limit: int = 1 << 28) -> None:
+        self._layout = layout
+        self._distribution = distribution
+        self._limit = limit
+        self._held = 0
+        self._kept: OrderedDict[int, NDArray[Any]] = OrderedDict()
+
+    def apply(self, flat: NDArray[np.float32], update: Update) -> NDArray[np.float32]:
+        """See :func:`apply_update`."""
+        kept = flat * np.float32(1.0 - update.decay) if update.decay else flat.copy()
+        if update.normaliser is None:
+            return self._add_terms(kept, update.terms)
+        step = self._add_terms(np.zeros_like(kept), update.terms)
+        moment = np.full_like(kept, np.float32(update.normaliser.offset))
+        for seed, scalar in update.normaliser.terms:
+            moment += np.float32(scalar) * np.square(self._direction(seed))
+        root: NDArray[np.float32] = np.sqrt(moment)
+        return kept + step / (root + np.float32(update.normaliser.epsilon))
+
+    def _add_terms(self, flat: NDArray[np.float32], terms: Iterable[tuple[int, float]]) -> NDArray[np.float32]:
+        for seed, scalar in terms:
+            flat += np.float32(scalar) * self._direction(seed)
+        return flat
+
+    def _direction(self, seed: int) -> NDArray[np.float32]:
+        if seed in self._kept:
+            self._kept.move_to_end(seed)
+            return self._unpacked(self._kept[seed])
+        flat = direction(self._layout, self._distribution, seed)
+        packed = self._kept[seed] = np.packbits(flat < 0) if self._distribution == "rademacher" else flat
+        self._held += packed.nbytes
+        while self._held > self._limit:
+            self._held -= self._kept.popitem(last=False)[1].nbytes
+        return flat
+
+    def _unpacked(self, packed: NDArray[Any]) -> NDArray[np.float32]:
+        if self._distribution != "rademacher":
+            return packed
+        flat = np.unpackbits(packed, count=self._layout.size).astype(np.float32)
+        flat *= -2.0
+        flat += 1.0
+        for start, stop in self._layout.gaps:
+            flat[start:stop] = 0.0
+        return flat
 
 
 def apply_update(
@@ -42,28 +148,15 @@ def apply_update(
         float32 ``[layout.size]``.
 
     """
-    kept = flat * np.float32(1.0 - update.decay) if update.decay else flat.copy()
-    if update.normaliser is None:
-        return _add_terms(kept, update.terms, layout, distribution)
-    step = _add_terms(np.zeros_like(kept), update.terms, layout, distribution)
-    moment = np.full_like(kept, np.float32(update.normaliser.offset))
-    for seed, scalar in update.normaliser.terms:
-        moment += np.float32(scalar) * np.square(direction(layout, distribution, seed))
-    root: NDArray[np.float32] = np.sqrt(moment)
-    return kept + step / (root + np.float32(update.normaliser.epsilon))
+    return Replayer(layout, distribution).apply(flat, update)
 
 
 def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:
-    """The coefficients that a journal leads to, from zero: float32 ``[layout.size]``."""
-    flat = np.zeros(layout.size, dtype=np.float32)
+    """The coefficients that updates lead to, from zero: float32 ``[layout.size]``.
+
+    The updates of one :func:`lineage`: a journal with rollbacks holds more of them than count.
+    """
+    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, distribution)
     for update in updates:
-        flat = apply_update(flat, layout, distribution, update)
-    return flat
-
-
-def _add_terms(
-    flat: NDArray[np.float32], terms: Iterable[tuple[int, float]], layout: Layout, distribution: Distribution
-) -> NDArray[np.float32]:
-    for seed, scalar in terms:
-        flat += np.float32(scalar) * direction(layout, distribution, seed)
+        flat = replayer.apply(flat, update)
     return flat

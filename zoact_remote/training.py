@@ -6,20 +6,27 @@ step's losses, so that a step is one call; the last one is sent by itself.
 Everything random follows from ``(seed, step)``: the batch of a step and the seeds of its probes are functions of the
 two and of nothing drawn before. So a run's state is small, a step that failed can be done again, and two runs with the
 same seed send the same calls.
+
+An update leaves only after the callbacks have seen the state that holds it, and its key follows from run and step. So
+a run that is killed at any moment and resumed from the last state kept sends no other update under a key that is used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol, TypeAlias
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zoact_remote.callbacks import AfterStep, Callback
 from zoact_remote.errors import InvalidValue
 from zoact_remote.estimators import Ask, Draw, Estimator
 from zoact_remote.evaluation import Evaluation, Scorer, evaluate
@@ -89,13 +96,20 @@ class StepRecord:
         evaluation = None if self.evaluation is None else self.evaluation.to_json()
         return asdict(replace(self, evaluation=None)) | {"evaluation": evaluation}
 
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> StepRecord:
+        """The record that :meth:`to_json` wrote, without its evaluation, of which that has figures alone."""
+        terms = tuple((int(seed), float(scalar)) for seed, scalar in data["terms"])
+        return cls(**{**data, "terms": terms, "evaluation": None})
+
 
 @dataclass
 class History:
     """What a run did.
 
     Attributes:
-        baseline: evaluation before the first step; None without evaluation rows, or for a resumed run.
+        baseline: evaluation before the first step; None without evaluation rows, or for a run that was restored from
+            a state, which holds none of the past but the last step.
         steps: one a step.
         stopped: why a callback stopped the run; None if it did not.
 
@@ -120,9 +134,6 @@ class History:
         }
 
 
-Callback: TypeAlias = "Callable[[Trainer, StepRecord], None]"
-
-
 class Trainer:
     """Trains an adapter.
 
@@ -137,8 +148,8 @@ class Trainer:
         seed: of the data's order and the probes; at least 0.
         eval_rows: evaluated before the first step, every ``eval_every`` steps and at the end.
         eval_every: None for only the first and last.
-        callbacks: called after every step with the trainer and the step's record. A callback may :meth:`stop` the run,
-            or keep :meth:`state_dict` to resume from.
+        callbacks: :class:`~zoact_remote.Callback` objects, or functions of the trainer and a step's record, called
+            after every step.
 
     """
 
@@ -155,7 +166,7 @@ class Trainer:
         seed: int = 0,
         eval_rows: Sequence[Row] = (),
         eval_every: int | None = None,
-        callbacks: Sequence[Callback] = (),
+        callbacks: Sequence[Callback | Callable[[Trainer, StepRecord], None]] = (),
     ) -> None:
         if not rows:
             raise InvalidValue("rows", "at least one row is needed")
@@ -180,12 +191,14 @@ class Trainer:
         self.version: int | None = None
         """The version that the next call expects, once a carried update is applied; None before the first."""
         self._pending: Update | None = None
+        self._unfinished = False
+        """Whether the last step in the history still lacks its evaluation, if one is due, and its callbacks."""
         self._run = uuid.uuid4().hex
 
     def run(self) -> History:
         """Train until all steps are done or a callback stops the run.
 
-        May be called again after an error: it goes on with the step that failed.
+        May be called again after an error: it goes on where it failed.
 
         Raises:
             TrainingDiverged: a loss is not finite; no update was made from it.
@@ -194,19 +207,42 @@ class Trainer:
 
         """
         self.history.stopped = None
-        if self.step == 0 and self.eval_rows:
-            self.history.baseline = evaluate(self.adapter, self.eval_rows, version=self.version)
+        if self.step == 0 and self.eval_rows and self.history.baseline is None:
+            self.history.baseline = self._evaluate()
+        if self._unfinished:
+            self._finish_step()
         while self.step < self.steps and self.history.stopped is None:
-            record = self._step()
-            self.history.steps.append(record)
-            if self._evaluation_is_due():
-                self.flush()
-                record = replace(record, evaluation=evaluate(self.adapter, self.eval_rows, version=self.version))
-                self.history.steps[-1] = record
-            for callback in self.callbacks:
-                callback(self, record)
+            for callback in self._callbacks():
+                callback.before_step(self)
+            self.history.steps.append(self._step())
+            self._unfinished = True
+            for callback in self._callbacks():
+                callback.on_checkpoint(self)
+            self._finish_step()
         self.flush()
+        for callback in self._callbacks():
+            callback.on_end(self, self.history)
         return self.history
+
+    def _callbacks(self) -> Iterator[Callback]:
+        for callback in self.callbacks:
+            yield callback if isinstance(callback, Callback) else AfterStep(callback)
+
+    def _finish_step(self) -> None:
+        """What comes after a step: its evaluation, if one is due, and the callbacks."""
+        record = self.history.steps[-1]
+        if record.evaluation is None and self._evaluation_is_due():
+            self.flush()
+            record = self.history.steps[-1] = replace(record, evaluation=self._evaluate())
+        self._unfinished = False
+        for callback in self._callbacks():
+            callback.after_step(self, record)
+
+    def _evaluate(self) -> Evaluation:
+        evaluation = evaluate(self.adapter, self.eval_rows, version=self.version)
+        for callback in self._callbacks():
+            callback.on_eval(self, evaluation)
+        return evaluation
 
     def _step(self) -> StepRecord:
         started = time.perf_counter()
@@ -259,26 +295,31 @@ class Trainer:
         return batch
 
     def state_dict(self) -> Json:
-        """All that the next step depends on, but for the data and the adapter, fit for JSON; a few kilobytes."""
+        """All that the next step depends on, but for the data and the adapter, fit for JSON; a few kilobytes.
+
+        In :meth:`Callback.on_checkpoint` it holds the step's record too, whose evaluation and callbacks are still to
+        come.
+        """
         return {
             "run": self._run,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "rows": len(self.rows),
+            "rows": self._rows_digest,
             "step": self.step,
             "version": self.version,
             "pending": None if self._pending is None else self._pending.to_json(),
             "optimizer": self.optimizer.state_dict(),
+            "unfinished": self.history.steps[-1].to_json() if self._unfinished else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, on the same data.
 
         Raises:
-            InvalidValue: the state belongs to a run with another seed, batch size, number of rows or optimiser.
+            InvalidValue: the state belongs to a run with another seed, batch size, data or optimiser.
 
         """
-        for name, value in (("seed", self.seed), ("batch_size", self.batch_size), ("rows", len(self.rows))):
+        for name, value in (("seed", self.seed), ("batch_size", self.batch_size), ("rows", self._rows_digest)):
             if state[name] != value:
                 raise InvalidValue(name, f"was {state[name]} in the saved state, is {value} here")
         self.optimizer.load_state_dict(state["optimizer"])
@@ -286,6 +327,12 @@ class Trainer:
         self.step = state["step"]
         self.version = state["version"]
         self._pending = None if state["pending"] is None else Update.from_json(state["pending"])
+        self._unfinished = state["unfinished"] is not None
+        self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
+
+    @cached_property
+    def _rows_digest(self) -> str:
+        return rows_digest(self.rows)
 
     def _draw(self) -> Draw:
         # Raw words of the bit generator, whose stream NumPy keeps from version to version.
@@ -303,6 +350,14 @@ class Trainer:
                     f"step {self.step}: the loss {place} is {loss}, at version {losses.version}. No update was made "
                     "from it. A lower learning rate helps if training losses rose before; a smaller epsilon if not."
                 )
+
+
+def rows_digest(rows: Iterable[Row]) -> str:
+    """Tells data apart: SHA-256 over the rows as lines of JSON, in order."""
+    sha = hashlib.sha256()
+    for row in rows:
+        sha.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
+    return "sha256:" + sha.hexdigest()
 
 
 def _losses_of(ask: Ask, losses: Losses) -> Iterator[tuple[str, float | None]]:

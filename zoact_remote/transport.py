@@ -1,8 +1,15 @@
 """HTTP with safe retries: a call is sent again only where the server cannot have acted on it twice.
 
 A call is *repeatable* if doing it twice is the same as doing it once: reads, and updates that carry a key. Repeatable
-calls are sent again after any failure that may pass. Other calls are sent again only if the server never received them
-or said that it would not take them now (429, 503).
+calls are sent again after any failure that may pass, an answer that was cut off in transit among them. Other calls are
+sent again only if the server never received them or said that it would not take them now (429, 503).
+
+A server that has answered before and is then gone (the connection refused or broken; 502, 503 or 504) is being
+restarted, which takes minutes where it must load a model: it is waited for patiently. A server that never answered is
+given up after a few attempts, since its URL is probably wrong.
+
+Answers name their call by its request id. One that names another call of ours comes from a connection on which answers
+were duplicated: it is thrown away with its connection.
 """
 
 from __future__ import annotations
@@ -27,12 +34,22 @@ REFUSED = frozenset({429, 503})
 """The server has not acted on the call, and will take it later."""
 PASSING = REFUSED | {502, 504}
 """A gateway failed; the server may have acted on the call."""
-BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
-"""Failures of the connection that may pass."""
+GONE = frozenset({502, 503, 504})
+"""The server, or a gateway in its place, says that it is away."""
+BROKEN = (
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+    requests.exceptions.ContentDecodingError,
+)
+"""Failures of the connection that may pass. A body that was cut off comes as one of the last two."""
 BACKOFF = tenacity.wait_exponential(multiplier=0.5, max=30.0) + tenacity.wait_random(0.0, 0.5)
 LONGEST_WAIT_S = 120.0
 """A server that asks for a longer wait is not waited for."""
 CHUNK_BYTES = 1 << 20
+ID_HEADER = "x-request-id"
+ID_PREFIX = "zoact-"
+"""Of our own request ids: a gateway may answer with ids of its own."""
 
 Answer = TypeVar("Answer")
 
@@ -44,7 +61,9 @@ class Transport:
         url: where the server is, such as ``http://127.0.0.1:8000``.
         api_key: sent as a bearer token; None for none.
         timeout: seconds to connect, and seconds between bytes of an answer.
-        retries: how often a call is sent again at most.
+        retries: how often a call is sent again at most, but for a server that is waited for.
+        patience: seconds that a server is waited for, summed over the pauses of one call, if it has answered before
+            and is then gone.
         sleep: waits for a number of seconds; tests replace it.
 
     """
@@ -56,16 +75,21 @@ class Transport:
         api_key: str | None = None,
         timeout: tuple[float, float] = (5.0, 600.0),
         retries: int = 5,
+        patience: float = 600.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"the URL must start with http:// or https://, got {url!r}")
         if retries < 0:
             raise ValueError(f"retries must be at least 0, got {retries}")
+        if not patience >= 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
         self.url = url.rstrip("/")
         self.timeout = timeout
         self.retries = retries
+        self.patience = patience
         self._sleep = sleep
+        self._has_answered = False
         self._session = requests.Session()
         # A proxy from the environment cannot reach this machine's own loopback.
         self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
@@ -82,7 +106,7 @@ class Transport:
         json: Any = None,
         params: Mapping[str, Any] | None = None,
         repeatable: bool,
-        retries: int | None = None,
+        once: bool = False,
     ) -> Answer:
         """Make a call and decode its answer.
 
@@ -93,7 +117,7 @@ class Transport:
             json: body.
             params: query; entries that are None are left out.
             repeatable: whether the call may be sent again although the server may have acted on it.
-            retries: in place of the transport's own number.
+            once: never send it again, whatever happens.
 
         Raises:
             ZoActError: the call failed, after retries where they were safe.
@@ -102,16 +126,16 @@ class Transport:
 
         def read(response: requests.Response) -> Answer:
             try:
-                return decode(response.json() if response.content else None)
+                return decode(_json_of(response))
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ServerError(
                     f"{method} {path}: the answer could not be understood ({type(error).__name__}: {error}); is "
                     f"{self.url} a server with the ZO-Act extension, of a version that fits this client's?",
                     status=response.status_code,
-                    request_id=response.headers.get("x-request-id"),
+                    request_id=response.headers.get(ID_HEADER),
                 ) from error
 
-        return self._send(method, path, read, json=json, params=params, repeatable=repeatable, retries=retries)
+        return self._send(method, path, read, json=json, params=params, repeatable=repeatable, once=once)
 
     def download(self, path: str, file: IO[bytes], *, params: Mapping[str, Any] | None = None) -> None:
         """Write the answer to a GET to a file, from the file's start.
@@ -127,7 +151,7 @@ class Transport:
             for chunk in response.iter_content(CHUNK_BYTES):
                 file.write(chunk)
 
-        self._send("GET", path, read, params=params, repeatable=True, stream=True)
+        self._send("GET", path, read, params=params, repeatable=True)
 
     def close(self) -> None:
         self._session.close()
@@ -141,11 +165,10 @@ class Transport:
         json: Any = None,
         params: Mapping[str, Any] | None = None,
         repeatable: bool,
-        retries: int | None = None,
-        stream: bool = False,
+        once: bool = False,
     ) -> Answer:
         # One id for all attempts: in the server's log they are one call.
-        request_id = f"zoact-{uuid.uuid4().hex}"
+        request_id = f"{ID_PREFIX}{uuid.uuid4().hex}"
 
         def attempt() -> Answer:
             try:
@@ -154,10 +177,17 @@ class Transport:
                     self.url + PREFIX + path,
                     json=json,
                     params=params,
-                    headers={"x-request-id": request_id},
+                    headers={ID_HEADER: request_id},
                     timeout=self.timeout,
-                    stream=stream,
+                    # A body that nobody reads takes its connection with it, which an answer to another call must.
+                    stream=True,
                 ) as response:
+                    answered = response.headers.get(ID_HEADER, request_id)
+                    if answered != request_id and answered.startswith(ID_PREFIX):
+                        raise requests.ConnectionError(f"the answer is to another call, {answered}")
+                    if _ends_in_its_head(response):
+                        raise requests.exceptions.ChunkedEncodingError("the answer was cut off in its head")
+                    self._has_answered |= response.status_code not in GONE
                     if not response.ok:
                         raise _error_in(response, method, path, request_id)
                     return read(response)
@@ -168,8 +198,14 @@ class Transport:
                     f"{method} {self.url}{PREFIX}{path}: {error}", sent=_was_sent(error), request_id=request_id
                 ) from error
 
+        def stop(state: tenacity.RetryCallState) -> bool:
+            if once or state.attempt_number <= self.retries:
+                return once
+            patient = self._has_answered and state.outcome is not None and _is_gone(state.outcome.exception())
+            return not patient or state.idle_for >= self.patience
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(1 + (self.retries if retries is None else retries)),
+            stop=stop,
             retry=tenacity.retry_if_exception(lambda error: _may_retry(error, repeatable)),
             wait=_wait,
             sleep=self._sleep,
@@ -197,6 +233,13 @@ def _may_retry(error: BaseException, repeatable: bool) -> bool:
     return error.status in (PASSING if repeatable else REFUSED)
 
 
+def _is_gone(error: BaseException | None) -> bool:
+    if isinstance(error, ConnectionFailed):
+        # A server that keeps a connection open and says nothing is another matter: it is there.
+        return not isinstance(error.__cause__, requests.ReadTimeout)
+    return isinstance(error, ZoActError) and error.status in GONE
+
+
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, ZoActError) else None
@@ -212,6 +255,26 @@ def _was_sent(error: requests.RequestException) -> bool:
     return not isinstance(reason, (NewConnectionError, ConnectTimeoutError))
 
 
+def _ends_in_its_head(response: requests.Response) -> bool:
+    """Whether an answer broke off before its body: Python's HTTP client takes that for the end of the head."""
+    length, coding = (response.headers.get(name, "").strip() for name in ("content-length", "transfer-encoding"))
+    announced = length.isdigit() or coding.lower() == "chunked"
+    return not (announced or response.status_code in PASSING | {204} or response.content)
+
+
+def _json_of(response: requests.Response) -> Any:
+    """An answer's JSON; None where it has no content."""
+    if not response.content:
+        return None
+    try:
+        return response.json()
+    except requests.exceptions.JSONDecodeError as error:
+        if not response.headers.get("content-type", "").startswith("application/json"):
+            raise
+        # All that shows of it where the body's length was not announced.
+        raise requests.exceptions.ChunkedEncodingError("the answer's JSON was cut off") from error
+
+
 def _error_in(response: requests.Response, method: str, path: str, request_id: str) -> ZoActError:
     try:
         body = response.json()
@@ -220,7 +283,7 @@ def _error_in(response: requests.Response, method: str, path: str, request_id: s
     return error_of(
         response.status_code,
         body,
-        request_id=response.headers.get("x-request-id") or request_id,
+        request_id=response.headers.get(ID_HEADER) or request_id,
         retry_after=_retry_after(response.headers.get("retry-after")),
         fallback=f"{method} {path}: {response.status_code} {response.reason}",
     )

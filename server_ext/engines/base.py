@@ -82,11 +82,11 @@ class Engine(Protocol):
         """Token ids of a text, with the special tokens that the model expects around a prompt if ``special``."""
         ...
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        """Token ids of a conversation in the model's chat template, up to where the assistant speaks.
+    def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
+        """A conversation in the model's chat template, with the assistant's next turn opened behind it if ``opened``.
 
         Raises:
-            ValueError: the model has no chat template, or the template refuses the messages.
+            Exception: the model has no chat template, or the template refuses the messages; of any class.
 
         """
         ...

@@ -73,9 +73,8 @@ class TransformersEngine:
     def encode(self, text: str, special: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=special)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+    def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
 
     async def calibrate(
         self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec

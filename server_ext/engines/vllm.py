@@ -79,9 +79,8 @@ class VllmEngine:
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return self.encode(text, special=False)
+    def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False))
 
     async def calibrate(
         self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec

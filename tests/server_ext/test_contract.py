@@ -272,6 +272,30 @@ def test_generation_takes_a_conversation(client: Client, reference: Reference) -
     assert from_messages.token_ids == adapter.generate(reference.ids(text, special=False), max_tokens=4).token_ids
 
 
+def test_a_conversation_is_scored_as_its_text_is(client: Client, reference: Reference) -> None:
+    adapter = trained_adapter(client)
+    messages = [
+        {"role": "user", "content": "What is the capital of France?"},
+        {"role": "assistant", "content": "Paris."},
+        {"role": "user", "content": "And it was?"},
+        {"role": "assistant", "content": "Great."},
+    ]
+    chat = reference.tokenizer.apply_chat_template
+    rows, texts = [], []
+    for end in (2, 4):
+        before = chat(messages[: end - 1], add_generation_prompt=True, tokenize=False)
+        turn = chat(messages[:end], tokenize=False).removeprefix(before)
+        assert turn.strip() == messages[end - 1]["content"]
+        rows.append({"messages": messages[:end]})
+        texts.append({"prompt": reference.ids(before, special=False), "completion": turn})
+    found, expected = adapter.scores(rows), adapter.scores(texts)
+    assert [score.tokens for score in found.rows] == [score.tokens for score in expected.rows]
+    for one, other in zip(found.rows, expected.rows, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=1e-5)
+    assert adapter.losses(rows, [], base=True).base == pytest.approx(found.loss, abs=1e-5)
+    assert new_adapter(client, basis=Basis(), rows=rows).info.state == "ready"
+
+
 def test_a_proxy_is_not_asked_for_loopback(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")

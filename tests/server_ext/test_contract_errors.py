@@ -41,6 +41,10 @@ def completion(**changes: Any) -> dict[str, Any]:
     return losses(rows=[{"prompt": "It was", "completion": " good"} | changes])
 
 
+def chat(*roles: str, content: str = "It was") -> dict[str, Any]:
+    return losses(rows=[ROW, {"messages": [{"role": role, "content": content} for role in roles]}])
+
+
 def normalised(**changes: Any) -> dict[str, Any]:
     return update(normaliser={"terms": [TERM], "offset": 0.0, "epsilon": 1e-8} | changes)
 
@@ -90,6 +94,12 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("losses", completion(completion=[2**70]), "rows[0].completion"),
     ("losses", completion(label=" good"), "rows[0].label"),
     ("scores", {"rows": [ROW | {"prompt": LONG}]}, "rows[0].prompt"),
+    ("losses", chat("user", "assistant", "user"), "rows[1].messages"),
+    ("losses", chat("assistant"), "rows[1].messages"),
+    ("losses", chat("wizard", "assistant"), "rows[1].messages"),
+    ("losses", chat("user", "assistant", content="It was \ud800"), "rows[1].messages[0].content"),
+    ("losses", losses(rows=[{"messages": [{"role": "user"}, {"role": "assistant"}]}]), "rows[0].messages[0].content"),
+    ("losses", losses(rows=[ROW | {"messages": []}]), "rows[0].messages"),
     # Updates, alone and carried.
     ("updates", update(terms=[TERM, [2**64, 0.1]]), "terms[1][0]"),
     ("updates", update(terms=[[1, NAN]]), "terms[0][1]"),
@@ -121,6 +131,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("generate", {"messages": []}, "messages"),
     ("generate", {"messages": [{"role": "wizard", "content": "Hi"}]}, "messages"),
     ("generate", {"messages": [{"role": "user"}]}, "messages[0].content"),
+    ("generate", {"messages": [{"role": "user", "content": "It was \ud800"}]}, "messages[0].content"),
 ]
 
 

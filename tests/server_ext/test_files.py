@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,8 @@ import numpy as np
 import pytest
 
 from server_ext import basis_files
-from server_ext.engines.transformers import TransformersEngine
 from server_ext.model_digest import SAMPLE, checkpoint_directory, model_digest
-from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
-from server_ext.service import Service
-from server_ext.store import basis_digest
+from zoact_remote.digest import basis_digest
 
 
 def basis() -> dict[str, np.ndarray[tuple[int, int], np.dtype[np.float32]]]:

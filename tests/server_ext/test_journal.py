@@ -101,6 +101,8 @@ class JournalMachine(RuleBasedStateMachine):
                 self.journal.append(key, change, before)
         else:
             assert self.journal.append(key, change, before) == len(history) + 1
+            if history and history[-1][3] is None:
+                history[-1] = (*history[-1][:3], before)
             history.append((len(history) + 1, change, before, None))
 
     @rule(key=keys, digest=st.sampled_from(["sha256:1", "sha256:2"]), data=st.data())
@@ -111,7 +113,7 @@ class JournalMachine(RuleBasedStateMachine):
             self.history[key][version - 1] = (*self.history[key][version - 1][:3], digest)
 
     @rule(key=keys, known=st.sets(st.integers(1, 9)), data=st.data())
-    def path(self, key: str, known: set[int], data: st.DataObject) -> None:
+    def find_path(self, key: str, known: set[int], data: st.DataObject) -> None:
         """The path makes what making every version in turn makes."""
         history = self.history[key]
         version = data.draw(st.integers(0, len(history)))

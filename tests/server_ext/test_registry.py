@@ -1,25 +1,35 @@
-"""The registry on a real engine: what stands in the journal is what is served, whatever happened in between."""
+"""The registry on a real engine against a list of arrays, through any sequence of changes, stops and crashes."""
 
 from __future__ import annotations
 
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from numpy.typing import NDArray
 
-from server_ext import basis_files, snapshots
+from server_ext import basis_files
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.journal import Change, Rollback
+from server_ext.registry import Registry
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
 from server_ext.service import Service
 from server_ext.tenants import OPERATOR
@@ -29,8 +39,12 @@ from zoact_remote.digest import coefficients_digest
 from zoact_remote.layout import Layout
 from zoact_remote.replay import apply_update
 
+T = TypeVar("T")
+
+NAMES = ("acme/a", "umbra/a")
+SITES = ("k_proj", "o_proj")
 EVERY = 3
-"""Changes between snapshots: few, so that histories have several."""
+"""Changes from one snapshot to the next: few, so that short histories have several."""
 
 
 @pytest.fixture(scope="module")
@@ -38,45 +52,329 @@ def engine(tiny_model: Path) -> TransformersEngine:
     return TransformersEngine(str(tiny_model))
 
 
-@dataclass
-class Told:
-    """What a model of the registry knows of an adapter: its coefficients by version, and its changes by key."""
-
-    layout: Layout
-    flats: list[NDArray[np.float32]]
-    by_key: dict[str, tuple[Change, int]]
-
-
 class Stage:
     """A service on an engine, which may be stopped, killed and started again."""
 
     def __init__(self, engine: TransformersEngine, directory: Path) -> None:
-        self.loop = asyncio.new_event_loop()
+        self.directory = directory
         self._engine = engine
-        self._directory = directory
+        self._loop = asyncio.new_event_loop()
         self.start()
 
-    def run(self, awaitable: Awaitable[object]) -> object:
-        return self.loop.run_until_complete(asyncio.wait_for(awaitable, 60))
+    @property
+    def registry(self) -> Registry:
+        return self.service.registry
+
+    def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
     def start(self) -> None:
         async def start() -> None:
-            self.service = Service(self._engine, self._directory)
-            self.service.registry._snapshots.every = EVERY
-            await self.service.registry.restore()
+            self.service = Service(self._engine, self.directory, snapshot_every=EVERY)
+            await self.registry.restore()
 
         self.run(start())
 
     def stop(self) -> None:
-        self.run(self.service.registry.close())
+        self.run(self.registry.close())
 
     def kill(self) -> None:
-        """The files as they are, without a close: what a process that dies leaves behind."""
-        copy = self._directory.with_name(f"{self._directory.name}-")
-        shutil.copytree(self._directory, copy, ignore=shutil.ignore_patterns("*-shm", "lock"))
+        """Goes on with the files as they are: what a process that dies leaves behind."""
+        # Snapshots are written on a thread, and hypothesis wants to see the same twice.
+        self.run(self._settle())
+        copy = Path(tempfile.mkdtemp(dir=self.directory.parent))
+        # The shared memory file is an index of the log beside it, which SQLite builds anew.
+        shutil.copytree(self.directory, copy, ignore=shutil.ignore_patterns("*-shm"), dirs_exist_ok=True)
         self.stop()
-        self._directory = copy
+        self.directory = copy
+
+    async def _settle(self) -> None:
+        await asyncio.gather(*self.registry._snapshot_tasks)
+
+    def change(self, name: str, change: Change) -> tuple[int, str, bool]:
+        async def make() -> tuple[int, str, bool]:
+            async with self.registry.changing(name) as adapter:
+                result = await self.registry.change(adapter, change)
+            return result.version, result.digest, result.applied
+
+        return self.run(make())
+
+    def read(self, name: str, version: int) -> NDArray[np.float32]:
+        async def read() -> NDArray[np.float32]:
+            async with self.registry.at(self.registry.calibrated(name), version) as point:
+                return await self._engine.read(point.key, point.version)
+
+        return self.run(read())
+
+
+@dataclass
+class History:
+    """What an adapter must be: its coefficients by version, and the version that each key led to."""
+
+    layout: Layout
+    flats: list[NDArray[np.float32]]
+    keys: dict[str, tuple[Change, int]] = field(default_factory=dict)
 
     @property
-    def directory(self) -> Path:
-        return self._directory
+    def newest(self) -> int:
+        return len(self.flats) - 1
+
+    def digest(self, version: int) -> str:
+        return coefficients_digest(self.flats[version], self.layout)
+
+    def after(self, change: Change) -> NDArray[np.float32]:
+        if isinstance(change, Rollback):
+            return self.flats[change.to_version]
+        return apply_update(self.flats[-1], self.layout, "rademacher", change)
+
+
+CHANGES = st.builds(
+    Update,
+    st.just(0),
+    st.lists(st.tuples(SEEDS, st.floats(-1, 1)), max_size=3).map(tuple),
+    st.sampled_from([0.0, 0.25]),
+) | st.builds(Rollback, st.just(0), st.integers(0, 12))
+
+
+class RegistryMachine(RuleBasedStateMachine):
+    """Calls the registry and the list alike."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp(prefix="zoact-registry-"))
+        self.stage = Stage(engine, self.root / "state")
+        self.adapters: dict[str, History | None] = {}
+        """By name; None before calibration."""
+
+    def teardown(self) -> None:
+        self.stage.stop()
+        shutil.rmtree(self.root)
+
+    @initialize()
+    def begin(self) -> None:
+        for name in NAMES:
+            self.create(name)
+            self.calibrate(name)
+
+    @rule(name=st.sampled_from(NAMES))
+    def create(self, name: str) -> None:
+        ask = CreateAdapter(name=name, rank=2, sites=list(SITES), basis=BasisSpec(source="random"))
+        if name in self.adapters:
+            with pytest.raises(ApiError, match="exists already"):
+                self.stage.run(self.stage.service.create(OPERATOR, ask))
+            return
+        self.stage.run(self.stage.service.create(OPERATOR, ask))
+        self.adapters[name] = None
+
+    @rule(name=st.sampled_from(NAMES))
+    def calibrate(self, name: str) -> None:
+        calibration = self.stage.service.calibrate(OPERATOR, name, Calibrate())
+        if name not in self.adapters or self.adapters[name] is not None:
+            with pytest.raises(ApiError, match=r"there is no adapter|has been taken"):
+                self.stage.run(calibration)
+            return
+        self.stage.run(calibration)
+        layout = self.stage.registry.adapter(name).layout
+        self.adapters[name] = History(layout, [np.zeros(layout.size, np.float32)])
+
+    @rule(
+        name=st.sampled_from(NAMES),
+        change=CHANGES,
+        key=st.none() | st.sampled_from("xyz"),
+        lag=st.sampled_from([0, 0, 0, -1, 1]),
+    )
+    def change(self, name: str, change: Change, key: str | None, lag: int) -> None:
+        history = self.adapters.get(name)
+        if history is None:
+            with pytest.raises(ApiError, match=r"there is no adapter|no basis yet"):
+                self.stage.change(name, change)
+            return
+        change = replace(change, base_version=max(0, history.newest + lag), key=key)
+        if key in history.keys:
+            written, version = history.keys[key]
+            if written == change:
+                assert self.stage.change(name, change) == (version, history.digest(version), False)
+            else:
+                with pytest.raises(ApiError, match="another change was sent under this key"):
+                    self.stage.change(name, change)
+        elif change.base_version != history.newest:
+            with pytest.raises(ApiError, match="nothing changed") as stale:
+                self.stage.change(name, change)
+            assert stale.value.extra == {"current_version": history.newest}
+        elif isinstance(change, Rollback) and change.to_version > history.newest:
+            with pytest.raises(ApiError, match="does not exist"):
+                self.stage.change(name, change)
+        else:
+            self.make(name, history, change)
+
+    def make(self, name: str, history: History, change: Change) -> None:
+        history.flats.append(history.after(change))
+        version = history.newest
+        if change.key is not None:
+            history.keys[change.key] = (change, version)
+        assert self.stage.change(name, change) == (version, history.digest(version), True)
+
+    @precondition(lambda self: any(self.adapters.values()))
+    @rule(data=st.data(), changes=st.lists(CHANGES, min_size=1, max_size=6), key=st.none() | st.sampled_from("xyz"))
+    def train(self, data: st.DataObject, changes: list[Change], key: str | None) -> None:
+        """A run of changes, the last of which is sent twice if it has a key."""
+        name, history = data.draw(st.sampled_from([(n, h) for n, h in self.adapters.items() if h is not None]))
+        for change in changes:
+            change = replace(change, base_version=history.newest)
+            if isinstance(change, Rollback):
+                change = replace(change, to_version=min(change.to_version, history.newest))
+            self.make(name, history, change)
+        if key is not None and key not in history.keys:
+            last = replace(changes[-1], base_version=history.newest, key=key)
+            if isinstance(last, Rollback):
+                last = replace(last, to_version=min(last.to_version, history.newest))
+            self.make(name, history, last)
+            assert self.stage.change(name, last) == (history.newest, history.digest(history.newest), False)
+
+    @rule(name=st.sampled_from(NAMES), data=st.data())
+    def read_any_version(self, name: str, data: st.DataObject) -> None:
+        history = self.adapters.get(name)
+        if history is not None:
+            version = data.draw(st.integers(0, history.newest))
+            np.testing.assert_array_equal(self.stage.read(name, version), history.flats[version])
+
+    @rule(name=st.sampled_from(NAMES))
+    def delete(self, name: str) -> None:
+        if name in self.adapters:
+            self.stage.run(self.stage.service.delete(name))
+            del self.adapters[name]
+
+    @rule()
+    def restart(self) -> None:
+        self.stage.stop()
+        self.stage.start()
+
+    @rule()
+    def crash(self) -> None:
+        self.stage.kill()
+        self.stage.start()
+
+    @rule(number=st.integers(0, 20), place=st.integers(0, 10_000), cut=st.booleans())
+    def crash_and_damage_a_snapshot(self, number: int, place: int, cut: bool) -> None:
+        self.stage.kill()
+        found = sorted(self.stage.directory.glob("snapshots/*/*.safetensors"))
+        if found:
+            path = found[number % len(found)]
+            content = bytearray(path.read_bytes())
+            place %= len(content)
+            content[place] ^= 0x10
+            path.write_bytes(content[:place] if cut else content)
+        self.stage.start()
+
+    @invariant()
+    def is_as_it_was_told(self) -> None:
+        found = {adapter.row.name: adapter for adapter in self.stage.registry.all()}
+        assert found.keys() == self.adapters.keys()
+        for name, history in self.adapters.items():
+            info = found[name].info()
+            if history is None:
+                assert (info.state, info.version, info.digest) == ("new", 0, None)
+            else:
+                newest = history.newest
+                assert (info.state, info.version, info.digest) == ("ready", newest, history.digest(newest))
+
+
+def test_the_registry_is_a_list_of_arrays(engine: TransformersEngine) -> None:
+    often = settings(max_examples=30, stateful_step_count=30)
+    make: Any = partial(RegistryMachine, engine)
+    run_state_machine_as_test(make, settings=often)
+
+
+@pytest.fixture
+def stage(engine: TransformersEngine, tmp_path: Path) -> Iterator[Stage]:
+    stage = Stage(engine, tmp_path / "state")
+    yield stage
+    stage.stop()
+
+
+def make_adapter(stage: Stage, name: str) -> None:
+    ask = CreateAdapter(name=name, rank=2, sites=list(SITES), basis=BasisSpec(source="random"))
+    stage.run(stage.service.create(OPERATOR, ask))
+    stage.run(stage.service.calibrate(OPERATOR, name, Calibrate()))
+
+
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_basis_costs_its_adapter_and_no_other(stage: Stage, damage: str) -> None:
+    make_adapter(stage, "acme/a")
+    (path,) = (stage.directory / "bases").iterdir()
+    make_adapter(stage, "acme/b")
+    stage.stop()
+    if damage == "changed":
+        vectors = basis_files.read(path)
+        name = next(iter(vectors))
+        basis_files.write(path, vectors | {name: vectors[name] * np.float32(2)})
+    else:
+        path.unlink()
+    stage.start()
+    states = {adapter.row.name: adapter.info().state for adapter in stage.registry.all()}
+    assert states == {"acme/a": "failed", "acme/b": "ready"}
+    with pytest.raises(ApiError) as failed:
+        stage.change("acme/a", Update(0, ()))
+    assert (failed.value.status, failed.value.code) == (503, "adapter_failed")
+    assert stage.change("acme/b", Update(0, ((1, 0.5),)))[0] == 1
+    stage.run(stage.service.delete("acme/a"))
+
+
+def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
+    make_adapter(stage, "acme/a")
+    registry, engine = stage.registry, stage._engine
+
+    async def read_through_changes() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        adapter = registry.calibrated("acme/a")
+        async with registry.at(adapter, adapter.version) as point:
+            before = await engine.read(point.key, point.version)
+            for version in range(8):
+                async with registry.changing("acme/a"):
+                    await registry.change(adapter, Update(version, ((version, 0.5),)))
+                async with registry.at(adapter, version // 2):
+                    pass
+            return before, await engine.read(point.key, point.version)
+
+    before, after = stage.run(read_through_changes())
+    np.testing.assert_array_equal(before, after)
+    # Nobody needs it any longer, so it goes with the next change or two.
+    held = engine._store[registry.calibrated("acme/a").row.key].versions
+    stage.change("acme/a", Update(8, ()))
+    assert len(held) <= 4
+
+
+def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
+    make_adapter(stage, "acme/a")
+    for version in range(EVERY):
+        stage.change("acme/a", Update(version, ()))
+    stage.stop()
+    there = set(stage.directory.rglob("*.safetensors"))
+    key = next(iter(there)).stem
+    for left in ("bases/gone.safetensors", f"bases/{key}.safetensors.partial", "snapshots/gone/3.safetensors"):
+        (stage.directory / left).parent.mkdir(exist_ok=True)
+        (stage.directory / left).touch()
+    for snapshot in (stage.directory / "snapshots").glob("*/*.safetensors"):
+        snapshot.with_name("9.safetensors.partial").touch()
+    stage.start()
+    assert {path for path in stage.directory.rglob("*") if ".safetensors" in path.name} == there
+    assert [path.stem for path in (stage.directory / "snapshots").iterdir()] == [
+        path.stem for path in (stage.directory / "bases").iterdir()
+    ]
+
+
+def test_one_directory_has_one_server(stage: Stage, engine: TransformersEngine) -> None:
+    with pytest.raises(ValueError, match="another server uses"):
+        Service(engine, stage.directory)
+
+
+def test_adapters_of_another_model_are_not_served(stage: Stage, engine: TransformersEngine) -> None:
+    make_adapter(stage, "acme/a")
+    stage.stop()
+    model = engine.model
+    try:
+        engine.model = replace(model, digest="sha256:another")
+        with pytest.raises(ValueError, match="adapters of another model"):
+            Service(engine, stage.directory)
+    finally:
+        engine.model = model
+        stage.start()

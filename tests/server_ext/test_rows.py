@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from server_ext.errors import ApiError
 from server_ext.rows import Context, ContextScore, TokenRow, Tokens, contexts_of, score_of, tokenise_rows
-from server_ext.schemas import ChoicesRow, CompletionRow, Row
+from server_ext.schemas import ChatMessage, ChatRow, ChoicesRow, CompletionRow, Row
 
 VOCABULARY = 4
 TOKENS = st.integers(0, VOCABULARY - 1)
@@ -93,8 +93,20 @@ def encode(text: str, special: bool) -> list[int]:
     return [0] * special + [ord(letter) - ord("a") for letter in text]
 
 
+def render(messages: list[dict[str, str]], opened: bool) -> str:
+    """A turn is its role's letter, its text and a z; one role is not to be had."""
+    if any(message["role"] == "wizard" for message in messages):
+        raise ValueError("no wizards")
+    turns = "".join(f"{message['role'][0]}{message['content']}z" for message in messages)
+    return turns + "a" * opened
+
+
+def chat(*turns: str) -> ChatRow:
+    return ChatRow(messages=[ChatMessage(role=role, content=text) for role, text in (t.split() for t in turns)])
+
+
 def tokenise(rows: Sequence[Row], max_tokens: int = 8) -> list[TokenRow]:
-    return tokenise_rows(rows, encode, 26, max_tokens)
+    return tokenise_rows(rows, encode, render, 26, max_tokens)
 
 
 def test_prompts_get_special_tokens_and_continuations_do_not() -> None:
@@ -109,8 +121,25 @@ def test_prompts_get_special_tokens_and_continuations_do_not() -> None:
     assert [row.target for row in tokenise(rows)] == [(2,), (2, 2)]
 
 
+def test_a_conversation_is_scored_from_where_the_assistant_speaks_last() -> None:
+    rows: list[Row] = [chat("user b", "assistant c"), chat("user b", "assistant c", "user d", "assistant ef")]
+    parts = [("ubza", "cz"), ("ubzaczudza", "efz")]
+    expected = [TokenRow(tuple(encode(b, False)), (tuple(encode(t, False)),), None) for b, t in parts]
+    assert tokenise(rows, 13) == expected
+
+
+def test_a_template_must_continue_the_turn_that_it_opens() -> None:
+    def thinks(messages: list[dict[str, str]], opened: bool) -> str:
+        return render(messages, opened) + "t" * opened
+
+    with pytest.raises(ApiError, match="prompt and completion") as error:
+        tokenise_rows([chat("user b", "assistant c")], encode, thinks, 26, 8)
+    assert error.value.param == "rows[0].messages"
+
+
 def test_the_longest_row_fits() -> None:
     assert tokenise([ChoicesRow(prompt=[1] * 5, choices=["abc", "a"], answer=1)])
+    assert tokenise([chat("user abc", "assistant d")])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +152,8 @@ def test_the_longest_row_fits() -> None:
         (CompletionRow(prompt=[1] * 8, completion="a"), "prompt", "context_length_exceeded"),
         (ChoicesRow(prompt=[1] * 6, choices=["a", "abc"], answer=0), "prompt", "context_length_exceeded"),
         (ChoicesRow(prompt="a", choices=["a", []], answer=0), "choices[1]", "invalid_value"),
+        (chat("user abc", "assistant de"), "messages", "context_length_exceeded"),
+        (chat("wizard a", "assistant b"), "messages", "invalid_value"),
     ],
 )
 def test_errors_name_the_field(row: Row, param: str, code: str) -> None:

@@ -13,7 +13,20 @@ import requests
 import responses
 from responses import matchers
 
-from zoact_remote import Adapter, Basis, Client, Conflict, InvalidValue, NotFound, Probe, ServerError, Side, Update
+from zoact_remote import (
+    Adapter,
+    Basis,
+    Client,
+    Conflict,
+    InvalidValue,
+    NotFound,
+    Probe,
+    ServerError,
+    Side,
+    StaleVersion,
+    Update,
+)
+from zoact_remote.wire import BasisResult
 
 URL = "http://server:8000"
 API = f"{URL}/zoact/v1"
@@ -111,7 +124,7 @@ def test_wait_until_ready_gives_up(client: Client, server: responses.RequestsMoc
 
 
 def test_wait_until_ready_does_not_wait_for_what_will_not_come(client: Client, server: responses.RequestsMock) -> None:
-    server.get(f"{API}/info", status=404)
+    server.get(f"{API}/info", status=404, body="Not Found")
     with pytest.raises(NotFound):
         client.wait_until_ready(timeout=60)
 
@@ -147,6 +160,17 @@ def test_create_adapter_that_may_exist(client: Client, server: responses.Request
     assert client.create_adapter("acme/triage", exist_ok=True).info.version == 3
 
 
+def test_create_adapter_is_repeated_only_if_it_may_exist(client: Client, server: responses.RequestsMock) -> None:
+    server.post(f"{API}/adapters", status=502)
+    with pytest.raises(ServerError):
+        client.create_adapter("acme/triage")
+    server.post(f"{API}/adapters", body=requests.ConnectionError("reset"))
+    exists(server)
+    server.get(PATH, json=adapter_json())
+    server.get(f"{API}/info", json=INFO)
+    assert client.create_adapter("acme/triage", exist_ok=True).info.version == 0
+
+
 @pytest.mark.parametrize(
     ("properties", "message"),
     [
@@ -179,6 +203,41 @@ def test_calibrate(adapter: Adapter, server: responses.RequestsMock) -> None:
     assert adapter.calibrate([ROW]).energy == {"mlp": 0.9}
     assert sent(server, 1) == {"rows": [ROW]}
     assert adapter.info.state == "ready"
+
+
+def test_calibrate_is_repeated_only_if_the_basis_may_exist(adapter: Adapter, server: responses.RequestsMock) -> None:
+    error = {"message": "taken", "code": "basis_exists"}
+    server.post(f"{PATH}/basis", status=502)
+    with pytest.raises(ServerError):
+        adapter.calibrate([ROW])
+    server.post(f"{PATH}/basis", body=requests.ConnectionError("reset"))
+    server.post(f"{PATH}/basis", status=409, json={"error": error})
+    basis = Basis().to_json() | {"digest": "sha256:2", "energy": {"mlp": 0.5}, "positions_seen": 9}
+    server.get(PATH, json=adapter_json(state="ready", basis=basis))
+    assert adapter.calibrate([ROW], exist_ok=True) == BasisResult("sha256:2", {"mlp": 0.5}, 1, 9)
+    with pytest.raises(Conflict):
+        adapter.calibrate([ROW])
+
+
+def test_rollback(adapter: Adapter, server: responses.RequestsMock) -> None:
+    made = {"version": 6, "digest": "sha256:3", "applied": True}
+    server.get(PATH, json=adapter_json(version=5))
+    server.post(f"{PATH}/rollback", status=504)
+    server.post(f"{PATH}/rollback", json=made)
+    assert adapter.rollback(2).version == 6
+    assert sent(server, -2) == sent(server)
+    body = sent(server)
+    assert body.pop("key")
+    assert body == {"base_version": 5, "to_version": 2}
+
+
+def test_rollback_from_a_version_that_is_not_the_newest(adapter: Adapter, server: responses.RequestsMock) -> None:
+    error = {"message": "stale", "code": "stale_version", "current_version": 5}
+    server.post(f"{PATH}/rollback", status=412, json={"error": error})
+    with pytest.raises(StaleVersion) as caught:
+        adapter.rollback(2, base_version=4)
+    assert caught.value.current_version == 5
+    assert sent(server)["base_version"] == 4
 
 
 LOSSES = {
@@ -258,7 +317,8 @@ def test_journal_is_read_to_its_end(adapter: Adapter, server: responses.Requests
     def page(after: int, versions: range) -> None:
         updates = [
             Update(v - 1, ((v, 0.5),), key=str(v)).to_json()
-            | {"version": v, "digest": "sha256:3", "time": "2026-11-22T01:02:03Z"}
+            | {"version": v, "digest": "sha256:3", "digest_before": "sha256:2", "rollback_to": None}
+            | {"time": "2026-11-22T01:02:03Z"}
             for v in versions
         ]
         query = matchers.query_param_matcher({"after": after, "limit": 2})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.strategies import layouts
-from zoact_remote.digest import coefficients_digest
+from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.layout import Layout, Site
 
 SITE = Site(0, "layers.0.proj", "layers.0.proj", 4, 100)
@@ -71,3 +71,12 @@ def test_the_layout_is_part_of_it(other: Layout) -> None:
 def test_signs_of_zero_are_told_apart() -> None:
     flat = np.zeros(LAYOUT.size, np.float32)
     assert coefficients_digest(flat, LAYOUT) != coefficients_digest(-flat, LAYOUT)
+
+
+def test_digests_of_bases_are_what_they_were() -> None:
+    """They stand in journals too, in order of name whatever the mapping's."""
+    ramp = np.arange(6, dtype=np.float32).reshape(3, 2)
+    assert basis_digest({"b": ramp, "a": ramp.T}) == basis_digest({"a": ramp.T, "b": ramp})
+    assert basis_digest({"b": ramp, "a": ramp.T}) == (
+        "sha256:b94f308bda7089150364fe94119620516c862810831b0f0fd7ef62d164ed4cac"
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from tests.strategies import SEEDS, layouts, updates
 from zoact_remote import Normaliser, Update
 from zoact_remote.layout import Layout, Site
 from zoact_remote.noise import DISTRIBUTIONS, Distribution, draw
-from zoact_remote.replay import apply_update, direction, replay
+from zoact_remote.replay import Replayer, apply_update, direction, lineage, replay
 
 EPS = float(np.finfo(np.float32).eps)
 TINY = float(np.finfo(np.float32).tiny)
@@ -59,6 +61,18 @@ def test_gaps_stay_zero(layout: Layout, distribution: Distribution, history: lis
         assert not found[start:stop].view(np.uint32).any(), "not even a negative zero"
 
 
+@given(layouts(), st.sampled_from(DISTRIBUTIONS), st.lists(updates(), max_size=4), st.sampled_from([0, 200, 1 << 20]))
+def test_directions_that_are_kept_are_those_that_are_drawn(
+    layout: Layout, distribution: Distribution, history: list[Update], limit: int
+) -> None:
+    replayer = Replayer(layout, distribution, limit)
+    found = expected = np.zeros(layout.size, np.float32)
+    for update in history * 2:
+        found = replayer.apply(found, update)
+        expected = apply_update(expected, layout, distribution, update)
+        np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+
+
 @given(layouts(), SEEDS)
 def test_a_direction_is_each_sites_own_noise(layout: Layout, seed: int) -> None:
     """A site draws the same numbers whichever other sites an adapter has."""
@@ -94,3 +108,38 @@ def test_a_normaliser_without_noise_divides_by_a_number(offset: float) -> None:
     update = Update(0, ((1, 1.0),), normaliser=Normaliser((), offset, 0.5))
     z = draw("rademacher", 1, 0, 128)
     np.testing.assert_array_equal(replay(layout, "rademacher", [update]), z / np.float32(offset + 0.5))
+
+
+@dataclass(frozen=True)
+class Row:
+    version: int
+    rollback_to: int | None = None
+
+
+@given(st.lists(st.none() | st.integers(0, 30), max_size=30), st.data())
+def test_the_lineage_of_a_version_is_what_a_history_of_lists_would_hold(
+    asked: list[int | None], data: st.DataObject
+) -> None:
+    """The model: each version's whole list of updates, copied by a rollback."""
+    held: list[list[int]] = [[]]
+    rows = []
+    for version, target in enumerate(asked, 1):
+        back = None if target is None else target % version
+        rows.append(Row(version, back))
+        held.append([*held[-1], version] if back is None else held[back])
+    version = data.draw(st.integers(0, len(rows)))
+    assert [row.version for row in lineage(data.draw(st.permutations(rows)), version)] == held[version]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Row(2)], "no version 1"),
+        ([Row(1)], "no version 2"),
+        ([Row(1), Row(2, 2)], "rollback to 2"),
+        ([Row(1), Row(2, -1)], "rollback to -1"),
+    ],
+)
+def test_a_lineage_with_a_hole_is_refused(rows: list[Row], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lineage(rows, 2)

@@ -34,6 +34,14 @@ def test_up_in_equal_steps_then_down(decay: object, warmup: int, rest: int, fina
     assert rates[-1] > final or rest == 1
 
 
+@settings(max_examples=50)
+@given(st.sampled_from([linear, cosine]), st.integers(0, 20), st.permutations(range(50)))
+def test_a_resumed_run_has_the_rates_of_a_straight_one(decay: object, warmup: int, order: list[int]) -> None:
+    straight, resumed = (decay(2.0, 50, warmup=warmup) for _ in range(2))  # type: ignore[operator]
+    rates = [straight(step) for step in range(50)]
+    assert {step: resumed(step) for step in order} == dict(enumerate(rates))
+
+
 def test_warmup_of_a_constant_rate() -> None:
     rate = constant(1.0, warmup=4)
     assert [rate(step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

@@ -3,20 +3,26 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from zoact_remote import (
     SGD,
     Adam,
+    Callback,
     ConnectionFailed,
     Estimator,
+    Evaluation,
     ForwardDifference,
     GaussianAdam,
+    History,
     InvalidValue,
     Losses,
     Optimizer,
@@ -116,7 +122,7 @@ class Regression:
 
 
 def trainer(adapter: Regression, **changes: Any) -> Trainer:
-    settings: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "estimator": TwoPoint(epsilon=0.25),
         "optimizer": Adam(),
         "schedule": 0.03,
@@ -124,7 +130,7 @@ def trainer(adapter: Regression, **changes: Any) -> Trainer:
         "steps": 30,
         "batch_size": 8,
     }
-    return Trainer(adapter, **(settings | changes))
+    return Trainer(adapter, **(defaults | changes))
 
 
 @pytest.mark.parametrize(
@@ -197,6 +203,161 @@ def test_an_early_state_catches_up_without_updating_twice() -> None:
     again.load_state_dict(json.loads(saved[10]))
     again.run()
     np.testing.assert_array_equal(adapter.versions, versions)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing runs after it."""
+
+
+class Disk(Callback):
+    """Keeps the state at every checkpoint, as JSON, and every step that was finished."""
+
+    def __init__(self) -> None:
+        self.state: str | None = None
+        self.finished: dict[int, StepRecord] = {}
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        self.state = json.dumps(trainer.state_dict())
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.finished[record.step] = record
+
+
+class Mortal(Regression):
+    """An adapter under which the client dies, before or after the server has acted on a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deadly: list[tuple[int, bool]] = []
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        at = len(self.calls) + 1
+        if (at, False) in self.deadly:
+            self.calls.append("killed")
+            raise Killed
+        answer = getattr(super(), name)(*args, **kwargs)
+        if (at, True) in self.deadly:
+            raise Killed
+        return answer
+
+    def losses(self, *args: Any, **kwargs: Any) -> Losses:
+        found: Losses = self._call("losses", *args, **kwargs)
+        return found
+
+    def update(self, update: Update) -> UpdateResult:
+        found: UpdateResult = self._call("update", update)
+        return found
+
+    def scores(self, *args: Any, **kwargs: Any) -> Scores:
+        found: Scores = self._call("scores", *args, **kwargs)
+        return found
+
+
+@settings(max_examples=60)
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=12))
+def test_a_run_killed_at_any_call_ends_where_an_undisturbed_one_does(deadly: list[tuple[int, bool]]) -> None:
+    short: dict[str, Any] = {"steps": 9, "eval_rows": ROWS[:4], "eval_every": 4}
+    whole, whole_disk = Regression(), Disk()
+    trainer(whole, callbacks=[whole_disk], **short).run()
+
+    adapter, disk = Mortal(), Disk()
+    adapter.deadly = deadly
+    for _ in range(len(deadly) + 1):
+        run = trainer(adapter, callbacks=[disk], **short)
+        if disk.state is not None:
+            run.load_state_dict(json.loads(disk.state))
+        with suppress(Killed):
+            run.run()
+            break
+    else:
+        raise AssertionError("it was killed more often than was asked for")
+    np.testing.assert_array_equal(adapter.versions, whole.versions)
+    assert disk.finished.keys() == whole_disk.finished.keys()
+    for step, record in disk.finished.items():
+        undisturbed = whole_disk.finished[step]
+        assert (record.terms, record.loss, record.version) == (undisturbed.terms, undisturbed.loss, undisturbed.version)
+        assert record.evaluation == undisturbed.evaluation
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(1, 30), st.booleans()), max_size=8))
+def test_no_key_is_used_for_two_updates_by_a_server_that_rounds_differently_each_time(
+    deadly: list[tuple[int, bool]],
+) -> None:
+    """The regression asserts that what comes under a known key is the update that it knows."""
+    adapter, disk = Mortal(), Disk()
+    adapter.deadly = deadly
+    exact = adapter.loss
+    adapter.loss = lambda rows, c: exact(rows, c) * (1 + 1e-6 * len(adapter.calls))  # type: ignore[method-assign]
+    for _ in range(len(deadly) + 1):
+        run = trainer(adapter, callbacks=[disk], steps=9, eval_rows=ROWS[:4], eval_every=4)
+        if disk.state is not None:
+            run.load_state_dict(json.loads(disk.state))
+        with suppress(Killed):
+            run.run()
+    assert len(adapter.versions) == 10
+
+
+def test_an_update_leaves_after_the_checkpoint_that_holds_it() -> None:
+    adapter, kept = Regression(), set[str]()
+
+    class Keep(Callback):
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            assert adapter.keys.keys() <= kept
+            kept.add(trainer.state_dict()["pending"]["key"])
+
+        def on_end(self, trainer: Trainer, history: History) -> None:
+            assert adapter.keys.keys() == kept
+
+    trainer(adapter, eval_rows=ROWS[:4], eval_every=2, steps=5, callbacks=[Keep()]).run()
+    assert len(kept) == 5
+
+
+def test_hooks_are_called_in_order() -> None:
+    calls: list[str] = []
+
+    class Note(Callback):
+        def before_step(self, trainer: Trainer) -> None:
+            calls.append(f"before {trainer.step}")
+
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            calls.append(f"checkpoint {trainer.step}")
+
+        def on_eval(self, trainer: Trainer, evaluation: Evaluation) -> None:
+            calls.append(f"eval {evaluation.version}")
+
+        def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+            calls.append(f"after {record.step}")
+
+        def on_end(self, trainer: Trainer, history: History) -> None:
+            calls.append(f"end {len(history.steps)}")
+
+    trainer(Regression(), steps=3, eval_rows=ROWS[:4], eval_every=2, callbacks=[Note()]).run()
+    assert calls == [
+        *("eval 0", "before 0", "checkpoint 1", "after 0", "before 1", "checkpoint 2", "eval 2", "after 1"),
+        *("before 2", "checkpoint 3", "eval 3", "after 2", "end 3"),
+    ]
+
+
+def test_an_evaluation_that_failed_is_made_up_for() -> None:
+    steady, shaky, disk = Regression(), Mortal(), Disk()
+    options: dict[str, Any] = {"steps": 4, "eval_rows": ROWS[:4], "eval_every": 2}
+    straight = trainer(steady, **options).run()
+    # One call each: the baseline, two steps, their update, and then the evaluation.
+    shaky.deadly = [(5, False)]
+    run = trainer(shaky, callbacks=[disk], **options)
+    with pytest.raises(Killed):
+        run.run()
+    assert disk.finished.keys() == {0}
+    assert [e.version for e in run.run().evaluations] == [e.version for e in straight.evaluations]
+    assert disk.finished.keys() == {0, 1, 2, 3}
+
+
+def test_a_state_is_a_few_kilobytes_and_its_size_does_not_grow() -> None:
+    sizes: list[int] = []
+    trainer(Regression(), steps=400, callbacks=[lambda run, _: sizes.append(len(json.dumps(run.state_dict())))]).run()
+    assert max(sizes) < 12_000
+    assert max(sizes[300:]) < 1.05 * max(sizes[100:200])
 
 
 def stop_after(run: Trainer, record: StepRecord, steps: int) -> None:
@@ -285,7 +446,9 @@ def test_another_writer_is_noticed() -> None:
         trainer(adapter, callbacks=interfere).run()
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"batch_size": 9}, {"rows": ROWS[:39]}, {"optimizer": SGD()}])
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"batch_size": 9}, {"rows": ROWS[1:] + ROWS[:1]}, {"optimizer": SGD()}]
+)
 def test_a_state_of_another_run_is_refused(changes: dict[str, Any]) -> None:
     state = trainer(Regression()).state_dict()
     with pytest.raises(InvalidValue):

@@ -1,7 +1,10 @@
 """Retries happen exactly where they are safe, and failures have a type."""
 
+import io
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from typing import Any
@@ -95,7 +98,8 @@ def test_unsafe_calls_are_retried_if_they_never_arrived(transport: Transport, fa
 
 @responses.activate
 @pytest.mark.parametrize(
-    "failure", [{"status": 500}, {"status": 400}, {"body": requests.exceptions.SSLError("expired")}]
+    "failure",
+    [{"status": 500, "body": "no"}, {"status": 400, "body": "no"}, {"body": requests.exceptions.SSLError("expired")}],
 )
 def test_permanent_failures_are_not_retried(transport: Transport, failure: dict[str, Any]) -> None:
     responses.get(INFO, **failure)
@@ -157,7 +161,7 @@ def test_errors_have_a_type(transport: Transport, status: int, code: str | None,
 
 
 @responses.activate
-@pytest.mark.parametrize("body", ["<html>Bad gateway</html>", '"text"', '{"error": "text"}', '{"detail": []}', ""])
+@pytest.mark.parametrize("body", ["<html>Bad gateway</html>", '"text"', '{"error": "text"}', '{"detail": []}'])
 def test_errors_in_other_shapes(transport: Transport, body: str) -> None:
     responses.get(INFO, status=500, body=body)
     with pytest.raises(errors.ServerError) as caught:
@@ -166,7 +170,7 @@ def test_errors_in_other_shapes(transport: Transport, body: str) -> None:
 
 
 @responses.activate
-@pytest.mark.parametrize("body", ["<html>Welcome</html>", "{}", "[]", ""])
+@pytest.mark.parametrize("body", ["<html>Welcome</html>", "{}", "[]"])
 def test_answers_that_make_no_sense(transport: Transport, body: str) -> None:
     responses.get(INFO, body=body)
     with pytest.raises(errors.ServerError, match="could not be understood"):
@@ -195,3 +199,196 @@ def test_wrong_settings() -> None:
         Transport("server:8000")
     with pytest.raises(ValueError, match="retries"):
         Transport(URL, retries=-1)
+    with pytest.raises(ValueError, match="patience"):
+        Transport(URL, patience=-1.0)
+
+
+def test_a_call_that_is_made_once_is_not_repeated(waits: list[float]) -> None:
+    for patience in (0.0, 600.0):
+        with (
+            closing(Transport(URL, patience=patience, sleep=waits.append)) as transport,
+            responses.RequestsMock() as mock,
+        ):
+            mock.get(INFO, json={})
+            transport.call("GET", "/info", same, repeatable=True)
+            mock.get(INFO, status=503)
+            with pytest.raises(errors.ServerError):
+                transport.call("GET", "/info", same, repeatable=True, once=True)
+    assert not waits
+
+
+# A server that goes away ---------------------------------------------------------------------------------------------
+
+
+GONE = [{"status": 502}, {"status": 503}, {"status": 504}, {"body": refused_connection()}, {"body": BROKEN_CONNECTION}]
+
+
+@responses.activate
+@pytest.mark.parametrize("gone", GONE)
+def test_a_server_that_has_answered_is_waited_for(transport: Transport, waits: list[float], gone: Any) -> None:
+    responses.get(INFO, json={"answer": 1})
+    transport.call("GET", "/info", same, repeatable=True)
+    for _ in range(20):
+        responses.get(INFO, **gone)
+    responses.get(INFO, json={"answer": 2})
+    assert transport.call("GET", "/info", same, repeatable=True) == {"answer": 2}
+    assert len(waits) == 20
+    assert 300 < sum(waits) < transport.patience + 31
+
+
+@responses.activate
+@pytest.mark.parametrize("gone", GONE)
+def test_patience_ends(transport: Transport, waits: list[float], gone: Any) -> None:
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    # The last mock answers all further calls.
+    responses.get(INFO, **gone)
+    with pytest.raises(errors.ZoActError):
+        transport.call("GET", "/info", same, repeatable=True)
+    assert transport.patience <= sum(waits) < transport.patience + 31
+
+
+@responses.activate
+@pytest.mark.parametrize("gone", GONE)
+def test_a_server_that_never_answered_is_given_up(transport: Transport, gone: Any) -> None:
+    # What a gateway says in its place is no answer of it.
+    responses.get(INFO, **gone)
+    for _ in range(2):
+        with pytest.raises(errors.ZoActError):
+            transport.call("GET", "/info", same, repeatable=True)
+    assert len(responses.calls) == 2 * (1 + transport.retries)
+
+
+@responses.activate
+@pytest.mark.parametrize("failure", [{"status": 429}, {"body": requests.ReadTimeout()}])
+def test_a_server_that_is_there_but_busy_gets_no_more_than_its_retries(transport: Transport, failure: Any) -> None:
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    responses.get(INFO, **failure)
+    with pytest.raises(errors.ZoActError):
+        transport.call("GET", "/info", same, repeatable=True)
+    assert len(responses.calls) == 2 + transport.retries
+
+
+@responses.activate
+def test_calls_that_are_unsafe_to_repeat_wait_only_for_a_server_that_never_got_them(transport: Transport) -> None:
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    for _ in range(9):
+        responses.post(INFO, body=refused_connection())
+    responses.post(INFO, status=502)
+    with pytest.raises(errors.ServerError):
+        transport.call("POST", "/info", same, json={}, repeatable=False)
+    assert len(responses.calls) == 11
+
+
+# Answers that were cut off, or come twice, over a real socket ---------------------------------------------------------
+
+JSON_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+WHOLE = JSON_HEAD + b'Content-Length: 12\r\n\r\n{"fine": 12}'
+CUT_OFF = [
+    b"",
+    b"HTTP/1.1 2",
+    b"HTTP/1.1 200",
+    b"HTTP/1.1 412 Precondition Failed\r\n",
+    JSON_HEAD,
+    JSON_HEAD + b"Content-Length:",
+    JSON_HEAD + b"Content-Length: 12\r\n",
+    JSON_HEAD + b"Transfer-Encoding: chunk",
+    JSON_HEAD + b"Content-Length: 12\r\n\r\n",
+    JSON_HEAD + b'Content-Length: 12\r\n\r\n{"fine": 1',
+    JSON_HEAD + b"\r\n",
+    JSON_HEAD + b'\r\n{"fine": 1',
+    JSON_HEAD + b'Transfer-Encoding: chunked\r\n\r\nc\r\n{"fine',
+    JSON_HEAD + b'Transfer-Encoding: chunked\r\n\r\n6\r\n{"fine\r\n',
+    b'HTTP/1.1 412 Precondition Failed\r\nContent-Length: 90\r\n\r\n{"error": {"mess',
+]
+
+
+@contextmanager
+def listening(*connections: Sequence[bytes]) -> Iterator[str]:
+    """The URL of a server that answers the requests on each connection with given bytes, and then closes it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            for answers in connections:
+                connection, _ = server.accept()
+                with connection:
+                    for answer in answers:
+                        connection.recv(1 << 16)
+                        connection.sendall(answer)
+
+        serving = threading.Thread(target=serve, daemon=True)
+        serving.start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        serving.join(10)
+        assert not serving.is_alive(), "every answer must have been fetched"
+
+
+@pytest.mark.parametrize("cut", CUT_OFF)
+def test_an_answer_that_was_cut_off_is_asked_for_again(waits: list[float], cut: bytes) -> None:
+    with listening([cut], [WHOLE]) as url, closing(Transport(url, sleep=waits.append)) as transport:
+        assert transport.call("POST", "/updates", same, json={}, repeatable=True) == {"fine": 12}
+    assert len(waits) == 1
+
+
+@pytest.mark.parametrize("cut", CUT_OFF)
+def test_an_answer_that_was_cut_off_says_nothing_of_what_the_server_did(waits: list[float], cut: bytes) -> None:
+    with listening([cut]) as url, closing(Transport(url, sleep=waits.append)) as transport:
+        with pytest.raises(errors.ConnectionFailed) as caught:
+            transport.call("POST", "/adapters", same, json={}, repeatable=False)
+        assert caught.value.sent
+    assert not waits
+
+
+def test_a_download_that_was_cut_off_starts_again(waits: list[float]) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+    with listening([head + b"ab"], [head + b"abcde"]) as url, closing(Transport(url, sleep=waits.append)) as transport:
+        file = io.BytesIO()
+        transport.download("/export", file)
+    assert file.getvalue() == b"abcde"
+
+
+def test_an_answer_without_content(waits: list[float]) -> None:
+    # With the type of the content that there is not, as FastAPI writes it.
+    head = b"HTTP/1.1 204 No Content\r\nContent-Type: application/json\r\n\r\n"
+    with listening([head]) as url, closing(Transport(url)) as transport:
+        assert transport.call("DELETE", "/adapters", same, repeatable=False) is None
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_that_comes_twice_answers_its_own_call_alone(waits: list[float], late: bool) -> None:
+    """The second copy may arrive before the next call, or pass for its answer."""
+    calls = 4
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer(connection: socket.socket) -> None:
+            before = b""
+            with connection:
+                while request := connection.recv(1 << 16):
+                    head = request.lower().decode()
+                    ask, name = head.split()[1][-1], head.split("x-request-id: ")[1].split()[0]
+                    made = JSON_HEAD + f"x-request-id: {name}\r\nContent-Length: 1\r\n\r\n{ask}".encode()
+                    connection.sendall(before + made if late else made + made)
+                    before = made
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                threading.Thread(target=answer, args=[connection], daemon=True).start()
+
+        threading.Thread(target=serve, daemon=True).start()
+        transport = Transport(f"http://127.0.0.1:{server.getsockname()[1]}", sleep=waits.append)
+        with closing(transport):
+            found = [transport.call("GET", f"/{ask}", same, repeatable=True) for ask in range(calls)]
+    assert found == list(range(calls))
+    assert bool(waits) is late
+
+
+@responses.activate
+def test_a_gateway_may_name_calls_as_it_likes(transport: Transport) -> None:
+    responses.get(INFO, json={"fine": True}, headers={"x-request-id": "gateway-7"})
+    assert transport.call("GET", "/info", same, repeatable=True) == {"fine": True}

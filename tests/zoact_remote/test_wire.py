@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoact_remote import Basis, InvalidValue, Losses, Normaliser, Probe, Side, Update
-from zoact_remote.wire import JournalEntry
+from zoact_remote.wire import JournalEntry, Limits
 
 SEEDS = st.integers(0, 2**64 - 1)
 SCALARS = st.floats(allow_nan=False, allow_infinity=False)
@@ -89,6 +89,22 @@ def test_losses_that_are_not_finite() -> None:
 @pytest.mark.parametrize("time", ["2026-11-22T01:02:03Z", "2026-11-22T01:02:03+00:00"])
 def test_journal_entry(time: str) -> None:
     update = Update(4, ((7, 0.25),), key="k")
-    entry = JournalEntry.from_json(update.to_json() | {"version": 5, "digest": "sha256:0", "time": time})
+    about = {"version": 5, "digest_before": "sha256:1", "digest": "sha256:0", "rollback_to": None, "time": time}
+    entry = JournalEntry.from_json(update.to_json() | about)
     assert entry.update == update
     assert entry.time == datetime(2026, 11, 22, 1, 2, 3, tzinfo=timezone.utc)
+    assert entry.rollback_to is None
+
+
+def test_journal_entry_of_a_rollback() -> None:
+    answer = Update(4, ()).to_json() | {"version": 5, "digest": "b", "digest_before": "a", "rollback_to": 2}
+    entry = JournalEntry.from_json(answer | {"time": "2026-11-22T01:02:03Z"})
+    assert (entry.version, entry.rollback_to, entry.digest_before, entry.digest) == (5, 2, "a", "b")
+
+
+def test_limits_of_tenants_may_be_missing() -> None:
+    names = ("max_rank", "max_probes", "max_rows", "max_row_tokens", "max_call_tokens", "max_terms", "max_choices")
+    old = dict.fromkeys(names, 8)
+    assert Limits.from_json(old).max_adapters is None
+    limits = Limits.from_json(old | {"max_adapters": 3, "requests_per_minute": None, "of a later version": 1})
+    assert (limits.max_adapters, limits.requests_per_minute, limits.max_rows) == (3, None, 8)

@@ -1,4 +1,4 @@
-"""``zoact adapters`` and ``zoact export``."""
+"""Commands about adapters that there are: ``zoact adapters``, ``export``, ``rollback`` and ``audit``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from zoact_remote.cli import options
-from zoact_remote.cli.output import reporting
+from zoact_remote.cli.output import CommandFailed, reporting
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from zoact_remote.wire import AdapterInfo
 
+SHOWN_FAILURES = 5
+"""Of an audit: what goes wrong once goes on to the end."""
+
 
 def export(
-    adapter: Annotated[str, typer.Argument(help="Its name, such as acme/triage.", show_default=False)],
+    adapter: options.Adapter,
     directory: Annotated[Path, typer.Argument(help="Made if it does not exist.", show_default=False)],
     version: options.Version = None,
     dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
@@ -35,6 +38,61 @@ def export(
         output.result(
             {"adapter": adapter, "version": version, "dtype": dtype, "directory": str(directory)},
             f"{adapter}@{version} is in {directory}",
+        )
+
+
+def rollback(
+    adapter: options.Adapter,
+    version: Annotated[int, typer.Argument(help="The version to return to; 0 is the model itself.", min=0)],
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Return an adapter to a version: make a new version with the same coefficients."""
+    with reporting(as_json) as output, options.connect(url, api_key) as client:
+        made = client.adapter(adapter).rollback(version)
+        output.result(
+            {"adapter": adapter, "version": made.version, "rollback_to": version, "digest": made.digest},
+            f"{adapter} is at version {made.version}, which is version {version} again",
+        )
+
+
+def audit(
+    adapter: options.Adapter,
+    export: Annotated[
+        Path | None, typer.Option(help="Check this float32 export too.", metavar="DIRECTORY", show_default=False)
+    ] = None,
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Rebuild an adapter from its journal, here and with NumPy alone, and compare it with what the server says.
+
+    Exits with code 1 if anything does not agree.
+    """
+    with reporting(as_json) as output, options.connect(url, api_key) as client:
+        found = client.adapter(adapter)
+        with output.waiting(f"rebuilding {adapter} from its journal"):
+            made = found.audit(export)
+        if made.failures:
+            shown = "\n".join(made.failures[:SHOWN_FAILURES])
+            raise CommandFailed(
+                f"{adapter} is not what its journal makes: {len(made.failures)} of its checks failed\n{shown}"
+            )
+        compared = "the coefficients" if made.exact else "the journal; Gaussian coefficients differ between devices"
+        lines = [f"{adapter} is at version {made.version}: every digest is that of {compared}"]
+        if export is not None:
+            close = "to the bit" if made.exact else "within the tolerance for Gaussian noise"
+            lines.append(f"{export} holds the coefficients of version {made.exported}, {close}, and the basis")
+        output.result(
+            {
+                "adapter": adapter,
+                "version": made.version,
+                "digest": made.digest,
+                "exact": made.exact,
+                "exported_version": made.exported,
+            },
+            "\n".join(lines),
         )
 
 

@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from zoact_remote.cli.adapters import adapters, export
+from zoact_remote.cli.adapters import adapters, audit, export, rollback
 from zoact_remote.cli.evaluate import evaluate
 from zoact_remote.cli.quickstart import quickstart
 from zoact_remote.cli.serve import serve
+from zoact_remote.cli.tenants import tenants
 from zoact_remote.cli.train import train
 
 app = typer.Typer(
@@ -25,6 +26,9 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(adapters)
+app.command()(rollback)
+app.command()(audit)
+app.add_typer(tenants, name="tenants")
 app.command()(quickstart)
 
 

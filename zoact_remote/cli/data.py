@@ -29,11 +29,14 @@ def make_task(
     text_field: str | None = None,
     label_field: str | None = None,
 ) -> Task:
-    """The task that the options describe.
+    """The task that the options describe, or else the records' fields.
+
+    Records of ``messages`` are conversations, and those of ``prompt`` and ``completion`` are these; any other records
+    have a label, which is its own word.
 
     Args:
-        records: give the labels where no option does.
-        task: a built-in task's name, or a JSON file. It has its own ``template``, ``labels`` and ``completion``.
+        records: say what is meant where no option does.
+        task: a built-in task's name, or a TOML file. It has its own ``template``, ``labels`` and ``completion``.
         template: the prompt's.
         labels: each ``label=word``.
         completion: the completion's template, in place of labels.
@@ -53,14 +56,21 @@ def make_task(
         if labels and completion:
             raise CommandFailed("a task has either labels or a completion: leave out --label or --completion")
         prompt = _unescape(template or TEMPLATE)
+        fields = set(records[0]) if records and not (template or label_field) else set()
         if completion:
             made = Task(prompt, completion=_unescape(completion))
         elif labels:
             made = Task(prompt, dict(map(_label_word, labels)))
+        elif "messages" in fields:
+            made = Task(messages="messages")
+        elif {"prompt", "completion"} <= fields:
+            made = Task("{prompt}", completion="{completion}")
         else:
             made = Task(prompt, _labels_in(records, label_field or "label"))
     if text_field is not None:
-        made = replace(made, template=made.template.replace("{text}", f"{{{text_field}}}"))
+        if "{text}" not in (made.template or ""):
+            raise CommandFailed(f"--text-field {text_field}: the prompt {made.template!r} has no {{text}} to stand for")
+        made = replace(made, template=str(made.template).replace("{text}", f"{{{text_field}}}"))
     return made if label_field is None else replace(made, label_field=label_field)
 
 

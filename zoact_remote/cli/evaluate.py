@@ -21,7 +21,7 @@ def evaluate(
     text_field: options.TextField = None,
     label_field: options.LabelField = None,
     rows: Annotated[
-        int | None, typer.Option(help="Evaluate this many, evenly spaced; all if not given.", min=1)
+        int | None, typer.Option(help="Evaluate this many records, evenly spaced; all if not given.", min=1)
     ] = None,
     url: options.Url = None,
     api_key: options.ApiKey = None,
@@ -29,15 +29,17 @@ def evaluate(
 ) -> None:
     """Evaluate a version of an adapter on records.
 
-    zoact train leaves its task beside its results: give it again with --task runs/NAME/task.json.
+    Where the task is judged by what the model writes, text is generated for every record, too. zoact train leaves its
+    task beside its results: give it again with --task runs/NAME/task.toml.
     """
     with reporting(as_json) as output:
         from zoact_remote.cli.data import make_task, spread
-        from zoact_remote.evaluation import evaluate as score
-        from zoact_remote.tasks import load_jsonl
+        from zoact_remote.evaluation import evaluate_task
+        from zoact_remote.tasks import load_records
 
+        records = load_records(data)
         made = make_task(
-            load_jsonl(data),
+            records,
             task=task,
             template=template,
             labels=label,
@@ -45,12 +47,11 @@ def evaluate(
             text_field=text_field,
             label_field=label_field,
         )
-        sample = made.load_rows(data)
-        if rows is not None:
-            sample = spread(sample, rows)
-        with options.connect(url, api_key) as client, output.waiting(f"evaluating {len(sample):,} rows"):
-            found = score(client.adapter(adapter), sample, version=version)
-        results = {f"{adapter}@{found.version}": found.to_json()}
+        sample = records if rows is None else spread(records, rows)
+        with options.connect(url, api_key) as client, output.waiting(f"evaluating {len(sample):,} records"):
+            found = evaluate_task(client.adapter(adapter), made, sample, version=version)
+        figures = found.to_json()
+        results = {f"{adapter}@{found.version}": figures}
         if found.calibrated_accuracy is not None:
             results["label-calibrated"] = {"accuracy": found.calibrated_accuracy, "rows": len(sample)}
-        output.result({"adapter": adapter} | found.to_json(), results_table(results))
+        output.result({"adapter": adapter, "metric": made.metric} | figures, results_table(results))

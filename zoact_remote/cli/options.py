@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -34,12 +33,18 @@ ApiKey = Annotated[
 AsJson = Annotated[
     bool, typer.Option("--json", help="Write the result as JSON to standard output, and nothing else there.")
 ]
+Adapter = Annotated[str, typer.Argument(help="Its name, such as acme/triage.", show_default=False)]
 AdapterName = Annotated[str, typer.Option(help="Its name, such as acme/triage.", metavar="TENANT/NAME")]
 Version = Annotated[int | None, typer.Option(min=0, help="The newest if not given; 0 is the model itself.")]
 
 TaskName = Annotated[
     str | None,
-    typer.Option(help="A built-in task (sst2, subj, trec, agnews) or a task's JSON file.", rich_help_panel=_DATA),
+    typer.Option(
+        help="A task's TOML file, or a built-in task: sst2, sst5, subj, trec, agnews, rte, cb, boolq, wic, copa, "
+        "squad, mawps, gsm8k, tickets.",
+        metavar="FILE|NAME",
+        rich_help_panel=_DATA,
+    ),
 ]
 Template = Annotated[
     str | None,
@@ -68,7 +73,15 @@ TextField = Annotated[
 LabelField = Annotated[
     str | None, typer.Option(help="The field that holds the label.", metavar="FIELD", rich_help_panel=_DATA)
 ]
-Data = Annotated[Path, typer.Argument(help="Records, a JSON object a line.", metavar="DATA.jsonl", show_default=False)]
+Data = Annotated[
+    str,
+    typer.Argument(
+        help="Records: a file (.jsonl, .csv, .tsv or .parquet), or a data set on the hub, such as ag_news@test or "
+        "super_glue:copa@validation.",
+        metavar="FILE|NAME",
+        show_default=False,
+    ),
+]
 
 
 @contextmanager

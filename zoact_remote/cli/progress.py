@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from zoact_remote.callbacks import Callback
 from zoact_remote.report import MEAN_OVER
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from zoact_remote.wire import Losses, Probe, Row, Scores, Update, UpdateResult
 
 
-class TrainingBar:
+class TrainingBar(Callback):
     """Shows a run: a callback for its trainer.
 
     The loss is the mean over the last steps, since a single batch's says little; the accuracy is the last evaluation's.
@@ -33,7 +34,7 @@ class TrainingBar:
         self._recent: deque[StepRecord] = deque(maxlen=MEAN_OVER)
         self._evaluation: Evaluation | None = None
 
-    def __call__(self, trainer: Trainer, record: StepRecord) -> None:
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Show a step."""
         self._recent.append(record)
         self._evaluation = record.evaluation or self._evaluation or trainer.history.baseline

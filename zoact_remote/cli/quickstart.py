@@ -39,7 +39,7 @@ def quickstart(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Train on this in place of the tickets: a JSON Lines file with text and label, or a classification "
+            help="Train on this in place of the tickets: a file with text and label, or a classification "
             "data set on the hub (needs 'datasets'). The last fifth is held out.",
             metavar="FILE|NAME",
         ),
@@ -121,20 +121,23 @@ def _demonstrate(
 def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Row]]:
     """The task, and the rows to train on and those held out."""
     from zoact_remote.cli.data import make_task, split
-    from zoact_remote.tasks import BUILTIN, load_jsonl
+    from zoact_remote.tasks import BUILTIN, load_records
 
     task = None
+    records: Sequence[Json]
     if dataset is None:
         if not data.is_file():
             raise CommandFailed(f"{data} is not there: run this in the repository, or give --data or --dataset")
-        records = load_jsonl(data)
+        records = load_records(data)
         cut = None
         if data.name == TICKETS.name:
             task, cut = BUILTIN["tickets"], TICKETS_TO_TRAIN_ON
     else:
-        records = load_jsonl(dataset) if Path(dataset).is_file() else _hub_records(dataset)
+        records = load_records(dataset) if Path(dataset).is_file() else _hub_records(dataset)
         cut = None
     task = task or make_task(records)
+    if task.labels is None:
+        raise CommandFailed(f"{dataset or data} has no text and label, which the quickstart shows: use zoact train")
     rows = task.rows(records)
     training, held_out = (rows[:cut], rows[cut:]) if cut is not None else split(rows, HELD_OUT)
     if not training or not held_out:

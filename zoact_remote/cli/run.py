@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,13 @@ import numpy as np
 from zoact_remote.cli.data import spread
 from zoact_remote.cli.output import CommandFailed, Output
 from zoact_remote.cli.progress import Watched, training_bar
+from zoact_remote.cli.run_files import CHECKPOINT, METRICS, RESULT, RunFiles
 from zoact_remote.cli.settings import TrainingSettings
+from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation, calibrated, evaluate
+from zoact_remote.files import write_atomically
 from zoact_remote.report import write_report
-from zoact_remote.training import History, StepRecord, Trainer
+from zoact_remote.training import History, Trainer, rows_digest
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
@@ -56,6 +60,7 @@ def train_adapter(
     output: Output,
     *,
     go_on: bool = False,
+    resume: bool = False,
 ) -> Run:
     """Create an adapter, take its basis, train it and say what that brought.
 
@@ -66,31 +71,58 @@ def train_adapter(
         rows: to train on; the basis is taken from some of them.
         eval_rows: held out; may be empty.
         settings: of the run.
-        directory: made if it does not exist, for ``metrics.jsonl`` (a line a step, as it happens), ``task.json``,
+        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.toml``,
             ``result.json`` and ``report.html``.
         output: where progress is shown.
         go_on: train an adapter that has been trained before, from its newest version.
+        resume: go on with the run in the directory, which was killed or failed; start it if there is none.
 
     """
     if not rows:
         raise CommandFailed("there are no rows to train on")
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "task.json").write_text(_dump(task.to_dict()), encoding="utf-8")
-    info = client.info()
-    adapter = _ready_adapter(client, name, rows, settings, output, go_on)
+    if not (go_on or (resume and (directory / CHECKPOINT).is_file())):
+        # Before anything of a run that was cut off is forgotten.
+        with suppress(NotFound):
+            _check_untrained(client.adapter(name))
     eval_rows = spread(eval_rows, settings.eval_rows)
+    directory.mkdir(parents=True, exist_ok=True)
+    info = client.info()
+    about = {
+        "name": name,
+        "model": info.model_digest,
+        "continue": go_on,
+        "settings": asdict(settings),
+        "rows": rows_digest(rows),
+        "eval_rows": rows_digest(eval_rows),
+    }
+    with closing(RunFiles(directory, about, resume=resume)) as files:
+        (directory / "task.toml").write_text(task.to_toml(), encoding="utf-8")
+        ready = files.started
+        adapter = client.adapter(name) if ready else _ready_adapter(client, name, rows, settings, output, go_on)
+        files.bind(adapter.info)
+        facts = _facts(info, adapter, task, settings, len(rows), len(eval_rows))
+        history, results = _train(adapter, rows, eval_rows, settings, directory, output, files, facts)
+    result = _result(adapter, info, history, settings, results, directory)
+    write_atomically(directory / RESULT, _dump(result).encode())
+    return Run(adapter, results, result)
+
+
+def _train(
+    adapter: Adapter,
+    rows: Sequence[Row],
+    eval_rows: Sequence[Row],
+    settings: TrainingSettings,
+    directory: Path,
+    output: Output,
+    files: RunFiles,
+    facts: Mapping[str, object],
+) -> tuple[History, dict[str, Json]]:
+    """Train, and write the report; the run and its results."""
     start = None
-    if eval_rows and adapter.info.version:
+    if eval_rows and files.start_version:
         with output.waiting("evaluating the model without the adapter"):
-            start = evaluate(adapter, eval_rows, version=0)
-
-    facts = _facts(info, adapter, task, settings, len(rows), len(eval_rows))
-    with training_bar(output.console, settings.steps) as bar, open(directory / "metrics.jsonl", "w") as metrics:
-
-        def record_step(trainer: Trainer, record: StepRecord) -> None:
-            metrics.write(json.dumps(record.to_json()) + "\n")
-            metrics.flush()
-
+            start = files.model_alone(lambda: evaluate(adapter, eval_rows, version=0))
+    with training_bar(output.console, settings.steps) as bar:
         trainer = Trainer(
             Watched(adapter, bar),
             settings.make_estimator(),
@@ -102,20 +134,21 @@ def train_adapter(
             seed=settings.seed,
             eval_rows=eval_rows,
             eval_every=settings.eval_every,
-            callbacks=[record_step, bar],
+            callbacks=[files, bar],
         )
+        files.restore(trainer)
+        if trainer.step:
+            output.note(f"resuming after step {trainer.step} of {trainer.steps}")
         try:
             history = trainer.run()
         except BaseException:
             # The curves up to a failure are what explains it.
-            _report(directory, name, facts, trainer.history, _results(start, trainer.history, eval_rows))
+            _report(directory, adapter.name, facts, trainer.history, _results(start, trainer.history, eval_rows))
             raise
         bar.doing("trained")
     results = _results(start, history, eval_rows)
-    _report(directory, name, facts, history, results)
-    result = _result(adapter, info, history, settings, results, directory)
-    (directory / "result.json").write_text(_dump(result), encoding="utf-8")
-    return Run(adapter, results, result)
+    _report(directory, adapter.name, facts, history, results)
+    return history, results
 
 
 def _ready_adapter(
@@ -123,17 +156,24 @@ def _ready_adapter(
 ) -> Adapter:
     # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
     adapter = client.create_adapter(name, rank=settings.rank, basis=settings.make_basis(), exist_ok=True)
-    if adapter.info.version and not go_on:
-        raise CommandFailed(
-            f"{name} has been trained already (version {adapter.info.version}): train it further with --continue, give "
-            f"another name, or delete it with zoact adapters --delete {name}"
-        )
+    if not go_on:
+        _check_untrained(adapter)
     if adapter.info.state == "new":
         sample = spread(rows, settings.calibration_rows)
         with output.waiting(f"taking the basis from {len(sample)} rows"):
-            basis = adapter.calibrate(sample)
+            # A run that was killed meanwhile may have had the server take it, from these very rows.
+            basis = adapter.calibrate(sample, exist_ok=True)
         output.note(_about_basis(adapter, basis))
     return adapter
+
+
+def _check_untrained(adapter: Adapter) -> None:
+    if adapter.info.version:
+        raise CommandFailed(
+            f"{adapter.name} has been trained already (version {adapter.info.version}): go on with a run that was cut "
+            "off with --resume, train it further with --continue, give another name, or delete it with zoact adapters "
+            f"--delete {adapter.name}"
+        )
 
 
 def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
@@ -180,12 +220,10 @@ def _facts(
         "engine": f"{info.engine} {info.engine_version}, {info.dtype}",
         "adapter": adapter.name,
         "trained coefficients": f"{adapter.info.parameters:,}",
-        "template": repr(task.template),
     }
-    if task.labels is None:
-        about["completion"] = repr(task.completion)
-    else:
-        about["labels"] = ", ".join(f"{label}: {word!r}" for label, word in task.labels.items())
+    for setting, value in task.to_dict().items():
+        table = isinstance(value, Mapping)
+        about[setting] = ", ".join(f"{name}: {word!r}" for name, word in value.items()) if table else repr(value)
     about |= {"training rows": f"{rows:,}", "rows evaluated": f"{eval_rows:,}"}
     return about | {name.replace("_", " "): value for name, value in asdict(settings).items()}
 
@@ -220,7 +258,7 @@ def _result(
         "settings": asdict(settings),
         "files": {
             name: str(directory / file)
-            for name, file in (("metrics", "metrics.jsonl"), ("task", "task.json"), ("report", "report.html"))
+            for name, file in (("metrics", METRICS), ("task", "task.toml"), ("report", "report.html"))
         },
     }
 

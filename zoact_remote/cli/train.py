@@ -35,8 +35,8 @@ def train(
     text_field: options.TextField = None,
     label_field: options.LabelField = None,
     eval_data: Annotated[
-        Path | None,
-        typer.Option("--eval", help="Records to evaluate on.", metavar="FILE", rich_help_panel="Data"),
+        str | None,
+        typer.Option("--eval", help="Records to evaluate on.", metavar="FILE|NAME", rich_help_panel="Data"),
     ] = None,
     hold_out: Annotated[
         float,
@@ -66,6 +66,13 @@ def train(
     eval_rows: Annotated[int, _method("Rows evaluated at most.", 1)] = DEFAULTS.eval_rows,
     seed: Annotated[int, _method("Of the data's order and the probes.", 0)] = DEFAULTS.seed,
     go_on: Annotated[bool, typer.Option("--continue", help="Train an adapter that has been trained before.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in the results' directory, which was cut off; start it if none is there.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Where results go; runs/TENANT-NAME if not given.", metavar="DIRECTORY")
     ] = None,
@@ -80,7 +87,7 @@ def train(
     with reporting(as_json) as output:
         from zoact_remote.cli.data import make_task, split
         from zoact_remote.cli.run import train_adapter
-        from zoact_remote.tasks import load_jsonl
+        from zoact_remote.tasks import load_records
 
         settings = TrainingSettings(
             rank=rank,
@@ -98,8 +105,9 @@ def train(
             eval_rows=eval_rows,
             seed=seed,
         )
+        records = load_records(data)
         made = make_task(
-            load_jsonl(data),
+            records,
             task=task,
             template=template,
             labels=label,
@@ -107,11 +115,14 @@ def train(
             text_field=text_field,
             label_field=label_field,
         )
-        rows = made.load_rows(data)
-        training, held_out = (rows, made.load_rows(eval_data)) if eval_data is not None else split(rows, hold_out)
+        # Records are split and not rows, so that no conversation has turns on both sides.
+        parts = split(records, hold_out) if eval_data is None else (records, load_records(eval_data))
+        training, held_out = map(made.rows, parts)
         directory = out or Path("runs", adapter.replace("/", "-"))
         with options.connect(url, api_key) as client:
-            run = train_adapter(client, adapter, made, training, held_out, settings, directory, output, go_on=go_on)
+            run = train_adapter(
+                client, adapter, made, training, held_out, settings, directory, output, go_on=go_on, resume=resume
+            )
         shown = [results_table(run.results)] if run.results else []
         output.result(
             run.result,

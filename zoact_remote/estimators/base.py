@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 from zoact_remote.errors import InvalidValue
 from zoact_remote.wire import Losses, Probe, Term
@@ -45,7 +45,8 @@ class Estimator(Protocol):
     """Turns losses under probes into a gradient. Holds no state between steps.
 
     For probes with E z = 0 and E z z' = I (Rademacher and Gaussian both), an estimate's mean is the gradient up to a
-    bias that vanishes with epsilon.
+    bias that vanishes with epsilon, or what the estimator says in its place. All probes of a step are asked for at
+    once, so that they travel in one call and run in one batch.
     """
 
     def ask(self, draw: Draw) -> Ask:
@@ -71,7 +72,10 @@ class ProbeSettings:
     epsilon: float = 2.0**-7
     probes: int = 1
 
+    fewest: ClassVar[int] = 1
+    """Probes that an estimate needs."""
+
     def __post_init__(self) -> None:
         Probe(0, self.epsilon)  # checks epsilon
-        if self.probes < 1:
-            raise InvalidValue("probes", f"must be at least 1, got {self.probes}")
+        if self.probes < self.fewest:
+            raise InvalidValue("probes", f"must be at least {self.fewest}, got {self.probes}")

@@ -11,7 +11,7 @@ from zoact_remote.errors import InvalidValue
 from zoact_remote.estimators.base import Estimate
 from zoact_remote.optimizers import checks
 from zoact_remote.optimizers.base import Optimizer
-from zoact_remote.optimizers.window import Window
+from zoact_remote.optimizers.window import Momentum, Window
 from zoact_remote.wire import Json, Normaliser, Update
 
 
@@ -27,7 +27,7 @@ class GaussianAdam(Optimizer):
         ``v_t,j = (1 - beta2) sum_k beta2^k sum_i g_{t-k,i}^2 Z_{t-k,i,j}^2``: over the last ``window`` steps a list of
         (seed, weight) that travels as the normaliser's terms; older steps enter with their expectation (E z^2 = 1) as
         its constant offset. With one probe a step and a window as long as the run this is Adam exactly. With q probes
-        the cross terms of the squared estimate, which have mean zero, are left out.
+        the cross terms of the squared estimate are left out, for Adam's reasons.
 
     The update is ``C <- (1 - lr weight_decay) C - lr m_hat / (sqrt(v_hat) + epsilon)``, coordinate by coordinate, with
     both moments corrected for their start at zero.
@@ -51,7 +51,7 @@ class GaussianAdam(Optimizer):
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
-    truncation: float = 1e-3
+    truncation: float = 1e-2
     window: int = 64
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class GaussianAdam(Optimizer):
         checks.not_negative(weight_decay=self.weight_decay)
         if self.window < 1:
             raise InvalidValue("window", f"must be at least 1, got {self.window}")
-        self._first = Window(self.beta1, Window.length_for(self.beta1, self.truncation))
+        self._first = Momentum(self.beta1, self.truncation)
         self._second = Window(self.beta2, self.window)
         self._tail = 0.0
         self._steps = 0

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from zoact_remote.estimators.base import Estimate
 from zoact_remote.optimizers import checks
 from zoact_remote.optimizers.base import Optimizer
-from zoact_remote.optimizers.window import Window
+from zoact_remote.optimizers.window import Momentum
 from zoact_remote.wire import Json, Update
 
 
@@ -17,9 +17,9 @@ from zoact_remote.wire import Json, Update
 class SGD(Optimizer):
     """``u_t = momentum u_{t-1} + g_t``, then ``C <- (1 - lr weight_decay) C - lr u_t``.
 
-    The velocity u is kept as the list of past probes that it is a sum of: the exact recursion, of which steps with
-    ``momentum^k`` below ``truncation`` are dropped (:class:`~zoact_remote.optimizers.window.Window` bounds the error).
-    At momentum 0.9 and the default truncation an update lists the probes of 66 steps.
+    The velocity u is kept as the list of past probes that it is a sum of: the exact recursion, truncated where
+    ``momentum^k`` falls below ``truncation`` (:class:`~zoact_remote.optimizers.window.Momentum` says how, and bounds
+    the error). At momentum 0.9 and the default truncation an update lists the probes of 44 steps.
 
     Source: Polyak, "Some methods of speeding up the convergence of iteration methods", 1964, in the form of Sutskever
     et al., "On the importance of initialization and momentum in deep learning", ICML 2013, with the learning rate
@@ -36,12 +36,12 @@ class SGD(Optimizer):
 
     momentum: float = 0.0
     weight_decay: float = 0.0
-    truncation: float = 1e-3
+    truncation: float = 1e-2
 
     def __post_init__(self) -> None:
         checks.share(momentum=self.momentum, truncation=self.truncation)
         checks.not_negative(weight_decay=self.weight_decay)
-        self._velocity = Window(self.momentum, Window.length_for(self.momentum, self.truncation))
+        self._velocity = Momentum(self.momentum, self.truncation)
 
     def step(self, estimate: Estimate, learning_rate: float, base_version: int) -> Update:
         """See :meth:`Optimizer.step`."""

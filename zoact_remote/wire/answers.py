@@ -23,7 +23,22 @@ def _read_loss(value: float | None) -> float:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may hold. Lengths are in tokens."""
+    """What one call, and one tenant, may ask for. Lengths are in tokens; None stands for no limit.
+
+    Attributes:
+        max_rank: columns of an adapter's coefficient matrices.
+        max_probes: probes a call.
+        max_rows: rows a call.
+        max_row_tokens: tokens of a row.
+        max_call_tokens: tokens of a call, over all sides of its probes.
+        max_terms: terms of an update.
+        max_choices: choices of a row.
+        max_adapters: adapters of the tenant.
+        max_coefficient_bytes: of all the tenant's adapters.
+        max_request_bytes: of a call's body.
+        requests_per_minute: of the tenant.
+
+    """
 
     max_rank: int
     max_probes: int
@@ -32,10 +47,14 @@ class Limits:
     max_call_tokens: int
     max_terms: int
     max_choices: int
+    max_adapters: int | None = None
+    max_coefficient_bytes: int | None = None
+    max_request_bytes: int | None = None
+    requests_per_minute: int | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Limits:
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__ if name in data})
 
 
 @dataclass(frozen=True)
@@ -305,12 +324,14 @@ class Generation:
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """An update as the journal holds it.
+    """An update or a rollback as the journal holds it.
 
     Attributes:
-        version: the version that the update made.
-        update: the update.
+        version: the version that it made.
+        update: the update; one of no terms for a rollback.
         digest: digest of that version's coefficients (:mod:`zoact_remote.digest`).
+        digest_before: digest of the coefficients of the version before.
+        rollback_to: the version whose coefficients a rollback took up again; None for an update.
         time: when it was written.
 
     """
@@ -318,11 +339,20 @@ class JournalEntry:
     version: int
     update: Update
     digest: str
+    digest_before: str
+    rollback_to: int | None
     time: datetime
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> JournalEntry:
-        return cls(data["version"], Update.from_json(data), data["digest"], read_time(data["time"]))
+        return cls(
+            version=data["version"],
+            update=Update.from_json(data),
+            digest=data["digest"],
+            digest_before=data["digest_before"],
+            rollback_to=data["rollback_to"],
+            time=read_time(data["time"]),
+        )
 
 
 def read_time(text: str) -> datetime:

@@ -1,5 +1,6 @@
-"""``zoact eval``, ``zoact export`` and ``zoact adapters``: commands about adapters that there are."""
+"""``zoact eval``, ``export``, ``audit``, ``rollback`` and ``adapters``: commands about adapters that there are."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,11 +35,46 @@ def test_eval_says_what_the_server_scores(data: str, adapter: Adapter) -> None:
 
 
 def test_eval_takes_a_task_from_a_file(data: str, adapter: Adapter) -> None:
-    Path("task.json").write_text('{"template": "{text}", "completion": " {label}"}')
+    Path("task.toml").write_text('template = "{text}"\ncompletion = " {label}"\n')
     rows = [{"prompt": record["text"], "completion": f" {record['label']}"} for record in RECORDS]
-    found = run_json("eval", data, "--adapter", adapter.name, "--task", "task.json")
+    found = run_json("eval", data, "--adapter", adapter.name, "--task", "task.toml")
     expected = figures(adapter, rows, version=2)
     assert {field: found[field] for field in expected} == expected
+    assert (found["metric"], found["accuracy"]) == ("perplexity", None)
+    assert found["perplexity"] > 1
+
+
+def test_eval_generates_where_the_task_is_judged_by_text(adapter: Adapter) -> None:
+    prompts = ["The parcel", "What a joy", "I cannot"]
+    texts = [adapter.generate(prompt, max_tokens=4, version=1).text for prompt in prompts]
+    lines = zip(prompts, [texts[0], "something else", texts[2]], strict=True)
+    Path("data.jsonl").write_text("".join(json.dumps({"q": q, "answers": ["-", a]}) + "\n" for q, a in lines))
+    task = 'template = "{q}"\ncompletion = "{answers}"\nmetric = "exact_match"\nmax_tokens = 4\nstop = ""\n'
+    Path("task.toml").write_text(task)
+    command = ("eval", "data.jsonl", "--adapter", adapter.name, "--task", "task.toml", "--version", "1")
+    found = run_json(*command)
+    assert (found["version"], found["metric"], found["rows"]) == (1, "exact_match", 3)
+    assert found["exact_match"] == pytest.approx(2 / 3)
+    assert 2 / 3 <= found["token_f1"] <= 1
+    shown = run(*command).stdout
+    assert "exact match" in shown
+    assert "66.7%" in shown
+
+
+def test_eval_on_conversations(adapter: Adapter) -> None:
+    turns = [("user", "Hi"), ("assistant", "Hello."), ("user", "Well?"), ("assistant", "Fine.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    Path("chat.jsonl").write_text(json.dumps({"messages": messages}))
+    found = run_json("eval", "chat.jsonl", "--adapter", adapter.name)
+    expected = adapter.scores([{"messages": messages[:2]}, {"messages": messages}])
+    assert found["rows"] == 2
+    assert found["loss"] == pytest.approx(expected.loss, abs=1e-4)
+
+
+def test_eval_reads_csv(data: str, adapter: Adapter) -> None:
+    lines = [f"{record['text']},{record['label']}" for record in RECORDS]
+    Path("data.csv").write_text("\n".join(["text,label", *lines]))
+    assert run_json("eval", "data.csv", "--adapter", adapter.name) == run_json("eval", data, "--adapter", adapter.name)
 
 
 def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
@@ -53,6 +89,46 @@ def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
     assert f"{adapter.name}@1 is in half" in shown
     assert read_json(Path("half/zoact.json"))["version"] == 1
     assert Path("half/adapter_model.safetensors").stat().st_size < 0.7 * full
+
+
+def test_audit_compares_journal_and_export(adapter: Adapter) -> None:
+    found = run_json("audit", adapter.name)
+    assert found == {
+        "adapter": adapter.name,
+        "version": 2,
+        "digest": adapter.info.digest,
+        "exact": True,
+        "exported_version": None,
+    }
+    run("export", adapter.name, "first", "--version", "1")
+    assert "holds the coefficients of version 1, to the bit" in run("audit", adapter.name, "--export", "first").stdout
+
+
+def test_audit_fails_where_something_does_not_agree(adapter: Adapter) -> None:
+    run("export", adapter.name, "peft")
+    file = Path("peft/adapter_model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    error = run_json("audit", adapter.name, "--export", "peft", code=1)["error"]
+    assert error["type"] == "CommandFailed"
+    assert "1 of its checks failed" in error["message"]
+    assert "lora_" in error["message"]
+    file.write_bytes(content[:-1])
+    assert run_json("audit", adapter.name, "--export", "peft", code=1)["error"]["type"] == "InvalidValue"
+    run("export", adapter.name, "half", "--dtype", "bfloat16")
+    assert "must be float32" in run("audit", adapter.name, "--export", "half", code=1).stderr
+
+
+def test_rollback_returns_to_a_version(adapter: Adapter) -> None:
+    first = next(iter(adapter.journal())).digest
+    shown = run("rollback", adapter.name, "1").stdout
+    assert shown == f"{adapter.name} is at version 3, which is version 1 again\n"
+    assert adapter.refresh().digest == first
+    made = run_json("rollback", adapter.name, "0")
+    assert made == {"adapter": adapter.name, "version": 4, "rollback_to": 0, "digest": adapter.refresh().digest}
+    assert run_json("rollback", adapter.name, "9", code=1)["error"]["type"] == "NotFound"
+    assert adapter.refresh().version == 4
 
 
 def test_adapters_are_listed_and_deleted(client: Client, adapter: Adapter) -> None:

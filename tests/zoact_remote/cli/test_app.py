@@ -19,7 +19,7 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("command", ["serve", "train", "eval", "export", "adapters", "quickstart"])
+@pytest.mark.parametrize("command", ["serve", "train", "eval", "export", "adapters", "rollback", "audit", "quickstart"])
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help").output
 

@@ -1,5 +1,6 @@
 """Tasks, rows and methods from options."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,21 @@ def test_tasks_from_options() -> None:
     assert task.to_dict()["labels"] == {"0": " bad", "1": " good = fine"}
     assert task.template == "{text}\nIt was"
     assert make_task([], task="sst2").template == "{text} It was"
+    Path("films.toml").write_text('template = "{text}?"\ncompletion = " {answer}"')
+    assert make_task([], task="films.toml", text_field="q").template == "{q}?"
+
+
+@pytest.mark.parametrize(
+    ("record", "kind"),
+    [
+        ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "messages"),
+        ({"prompt": "2 + 2 =", "completion": " 4"}, "completion"),
+    ],
+)
+def test_records_that_say_what_they_are(record: dict[str, Any], kind: str) -> None:
+    task = make_task([record])
+    assert task.kind == kind
+    assert task.rows([record]) == [record]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +41,7 @@ def test_tasks_from_options() -> None:
     [
         ({"task": "sst2", "template": "x"}, "leave out"),
         ({"task": "none"}, "neither a file"),
+        ({"task": "rte", "text_field": "body"}, "has no {text} to stand for"),
         ({"labels": ["a"]}, "LABEL=WORD"),
         ({"labels": ["a=b"], "completion": "x"}, "either"),
         ({"label_field": "none"}, "--label-field"),

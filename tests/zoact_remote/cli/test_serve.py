@@ -32,3 +32,25 @@ def test_serve_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_missing_packages_are_named(engine: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert f"pip install 'zoact-remote[{extra}]'" in run("serve", "model", "--engine", engine, code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--host", "0.0.0.0"),
+        ("--host", "gpu-7.example"),
+        ("--engine", "transformers", "--host", "::"),
+        ("--print", "--", "--host=10.0.0.1"),
+    ],
+)
+def test_without_keys_serve_keeps_to_loopback(arguments: tuple[str, ...]) -> None:
+    assert "give --api-key or --keys" in run("serve", "model", *arguments, code=1).stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
+def test_loopback_needs_no_keys(host: str) -> None:
+    assert f"--host {host}" in run("serve", "model", "--host", host, "--print").stdout
+
+
+def test_with_a_key_serve_listens_anywhere() -> None:
+    assert "--host 0.0.0.0" in run("serve", "model", "--host", "0.0.0.0", "--api-key", KEY, "--print").stdout

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +40,7 @@ def test_train_writes_what_the_server_scores(data: str, name: str, client: Clien
     assert {field: halfway[field] for field in results["tuned"]} == figures(adapter, ROWS, version=2)
     newest = list(adapter.journal())[-1].update
     assert {seed for seed, _ in newest.terms} == {seed for record in metrics for seed, _ in record["terms"]}
-    assert read_json(out / "task.json") == TASK.to_dict()
+    assert Task.from_file(out / "task.toml") == TASK
     assert "</html>" in (out / "report.html").read_text()
 
 
@@ -57,6 +58,21 @@ def test_train_completions(data: str, name: str, client: Client) -> None:
     assert list(results) == ["zero_shot", "tuned"]
     assert results["zero_shot"] == figures(client.adapter(name), rows, version=0)
     assert results["zero_shot"]["accuracy"] is None
+
+
+def test_train_on_conversations(name: str, client: Client) -> None:
+    def record(i: int) -> dict[str, Any]:
+        turns = [("user", f"{i}?"), ("assistant", f"{i}."), ("user", "Sure?"), ("assistant", "Yes.")]
+        return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+    records = [record(i) for i in range(5)]
+    Path("chat.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    made = run_json("train", "chat.jsonl", "--adapter", name, *SHORT)
+    rows = Task(messages="messages").rows(records[4:])
+    assert len(rows) == 2, "the last record is held out, with all of its turns"
+    assert made["results"]["tuned"] == figures(client.adapter(name), rows, version=2)
+    again = run_json("eval", "chat.jsonl", "--adapter", name, "--task", made["files"]["task"])
+    assert again["rows"] == 10
 
 
 def test_train_on_one_file_and_evaluate_on_another(data: str, name: str, client: Client) -> None:

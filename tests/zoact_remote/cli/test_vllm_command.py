@@ -82,10 +82,11 @@ def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after:
     assert command(environment=environment, plugins=plugins)[1]["VLLM_PLUGINS"] == after
 
 
-def test_the_key_is_no_flag() -> None:
-    flags, environment = command(api_key=KEY)
+def test_keys_are_no_flags() -> None:
+    flags, environment = command(api_key=KEY, keys=Path("keys.toml"))
     assert KEY not in [value for values in flags.values() for value in values]
     assert environment["ZOACT_API_KEY"] == KEY
+    assert environment["ZOACT_KEYS"] == str(Path("keys.toml").resolve())
 
 
 @pytest.mark.parametrize("given", [{"api_key": KEY}, {"keys": Path("keys.toml")}])

@@ -1,0 +1,231 @@
+"""Keys and accounts: who is let in, from which place, and what outlasts the process."""
+
+from __future__ import annotations
+
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server_ext.errors import ApiError
+from server_ext.schemas import TenantLimits
+from server_ext.tenants import FILE_VARIABLE, KEY_VARIABLE, OPERATOR, Tenants, key_digest, open_tenants, read_keys_file
+
+OPERATORS_KEY = "the operator's"
+LIMITS = TenantLimits(max_adapters=3, requests_per_minute=None)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "tenants.sqlite"
+
+
+@pytest.fixture
+def tenants(path: Path) -> Iterator[Tenants]:
+    with closing(Tenants(path, [key_digest(OPERATORS_KEY)])) as found:
+        yield found
+
+
+def tenant_of(tenants: Tenants, key: str) -> str | None:
+    """Whose key it is: None for the operator's, "nobody" for one that opens nothing."""
+    try:
+        return tenants.identify(f"Bearer {key}").tenant
+    except ApiError:
+        return "nobody"
+
+
+def test_every_key_opens_its_own_account(tenants: Tenants) -> None:
+    keys = {name: tenants.add(name, LIMITS) for name in ("acme", "umbra")}
+    assert len(set(keys.values())) == 2
+    for name, key in keys.items():
+        assert tenant_of(tenants, key) == name
+    assert tenants.identify(f"bearer  {keys['acme']} ").limits == LIMITS
+    assert tenants.identify(f"Bearer {OPERATORS_KEY}") == OPERATOR
+
+
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Basic {key}", "{key}", "Bearer {key}x", "Bearer {digest}"]
+)
+def test_nothing_but_a_key_opens(tenants: Tenants, header: str) -> None:
+    key = tenants.add("acme", LIMITS)
+    for each in (key, OPERATORS_KEY):
+        with pytest.raises(ApiError) as refused:
+            tenants.identify(header.format(key=each, digest=key_digest(each)))
+        assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
+
+
+@given(st.text(), st.text())
+def test_digests_tell_keys_apart(one: str, other: str) -> None:
+    assert (key_digest(one) == key_digest(other)) == (one == other)
+    assert key_digest(one) != one
+
+
+def test_no_key_is_kept(tenants: Tenants, path: Path) -> None:
+    key = tenants.add("acme", LIMITS)
+    for file in path.parent.iterdir():
+        assert key.encode() not in file.read_bytes()
+        assert OPERATORS_KEY.encode() not in file.read_bytes()
+
+
+def test_without_keys_whoever_comes_is_the_operator(path: Path) -> None:
+    with closing(Tenants(path)) as tenants:
+        assert tenants.identify("") == tenants.identify("Bearer anything") == OPERATOR
+        with pytest.raises(ApiError) as refused:
+            tenants.add("acme", LIMITS)
+        assert refused.value.code == "no_operator_key"
+        assert tenants.identify("") == OPERATOR
+
+
+def test_accounts_outlast_the_process(path: Path) -> None:
+    with closing(Tenants(path, [key_digest(OPERATORS_KEY)])) as tenants:
+        keys = {name: tenants.add(name, LIMITS) for name in ("acme", "umbra", "wayne")}
+        replaced = tenants.replace_key("acme")
+        tenants.change_limits("umbra", TenantLimits(max_rows=1))
+        tenants.remove("wayne")
+        before = tenants.all()
+    # Without the operator's key too: who has forgotten to give it must not find all doors open.
+    with closing(Tenants(path)) as tenants:
+        assert tenants.all() == before
+        assert [tenant_of(tenants, key) for key in keys.values()] == ["nobody", "umbra", "nobody"]
+        assert tenant_of(tenants, replaced) == "acme"
+        assert tenants.limits("umbra") == TenantLimits(max_rows=1)
+        assert tenant_of(tenants, "anything") == "nobody"
+
+
+def test_keys_are_taken_away_at_once(tenants: Tenants) -> None:
+    first = tenants.add("acme", LIMITS)
+    second = tenants.replace_key("acme")
+    assert [tenant_of(tenants, key) for key in (first, second)] == ["nobody", "acme"]
+    tenants.remove("acme")
+    assert tenant_of(tenants, second) == "nobody"
+    third = tenants.add("acme", TenantLimits())
+    assert [tenant_of(tenants, key) for key in (first, second, third)] == ["nobody", "nobody", "acme"]
+
+
+def test_what_is_not_there_cannot_be_changed(tenants: Tenants) -> None:
+    tenants.add("acme", LIMITS)
+    with pytest.raises(ApiError) as refused:
+        tenants.add("acme", LIMITS)
+    assert (refused.value.status, refused.value.code, refused.value.param) == (409, "tenant_exists", "name")
+    for change in (tenants.replace_key, tenants.remove, lambda name: tenants.change_limits(name, LIMITS)):
+        with pytest.raises(ApiError) as refused:
+            change("umbra")
+        assert (refused.value.status, refused.value.code, refused.value.param) == (404, "tenant_not_found", "tenant")
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file can grow."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_changes_nothing(tenants: Tenants, path: Path) -> None:
+    key = tenants.add("acme", LIMITS)
+    before = tenants.all()
+    for change in (
+        lambda: tenants.add("umbra", LIMITS),
+        lambda: tenants.replace_key("acme"),
+        lambda: tenants.change_limits("acme", TenantLimits()),
+        lambda: tenants.remove("acme"),
+    ):
+        with no_room(), pytest.raises(ApiError) as refused:
+            change()
+        assert (refused.value.status, refused.value.code) == (503, "storage_failed")
+        assert tenants.all() == before
+        assert tenant_of(tenants, key) == "acme"
+    with closing(sqlite3.connect(path)) as other:
+        assert other.execute("SELECT count(*) FROM keys").fetchone() == (1,)
+    assert tenant_of(tenants, tenants.add("umbra", LIMITS)) == "umbra"
+
+
+# The keys file --------------------------------------------------------------------------------------------------------
+
+A, B, C = (key_digest(letter) for letter in "abc")
+FILE = f"""
+operators = ["{A}"]
+
+[tenants.acme]
+keys = ["{B}", "{C}"]
+limits = {{ max_adapters = 8, requests_per_minute = 600 }}
+
+[tenants.umbra]
+keys = []
+"""
+
+
+def test_the_keys_file_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(FILE)
+    operators, tenants = read_keys_file(file)
+    assert operators == [A]
+    assert [(tenant.name, tenant.keys) for tenant in tenants] == [("acme", {B, C}), ("umbra", frozenset())]
+    assert tenants[0].limits == TenantLimits(max_adapters=8, requests_per_minute=600)
+    assert tenants[1].limits == TenantLimits()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('operators = ["a-key-in-the-clear"]', "operators.0"),
+        (f'operators = ["{A} "]', "operators.0"),
+        (f'operators = ["x{A}"]', "operators.0"),
+        (f'operator = ["{A}"]', "operator"),
+        ('[tenants.acme]\nkeys = ["in-the-clear"]', "tenants.acme.keys.0"),
+        ("[tenants.acme]\nlimits = {}", "tenants.acme.keys"),
+        ("[tenants.acme]\nkeys = []\nlimits = { max_adapters = -1 }", "tenants.acme.limits.max_adapters"),
+        ("[tenants.acme]\nkeys = []\nlimits = { requests_per_minute = 0 }", "tenants.acme.limits.requests_per_minute"),
+        ("[tenants.acme]\nkeys = []\nlimits = { max_adaptors = 1 }", "tenants.acme.limits.max_adaptors"),
+        ("[tenants.ACME]\nkeys = []", "tenants.ACME"),
+        ('[tenants."a/b"]\nkeys = []', "tenants.a/b"),
+        ("operators = [", "keys.toml"),
+    ],
+)
+def test_a_broken_keys_file_is_refused_by_its_field(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=f"keys.toml: .*{named}|{named}: ") as refused:
+        read_keys_file(file)
+    assert "in-the-clear" not in str(refused.value)
+
+
+def test_a_missing_keys_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.toml"):
+        read_keys_file(tmp_path / "nowhere.toml")
+
+
+def test_the_environment_says_who_may_come_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(FILE)
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.setenv(KEY_VARIABLE, "plain")
+    with closing(open_tenants(tmp_path, ["vllm's own"])) as tenants:
+        whose = {key: tenant_of(tenants, key) for key in ("a", "b", "c", "plain", "vllm's own", "d")}
+        assert whose == {"a": None, "b": "acme", "c": "acme", "plain": None, "vllm's own": None, "d": "nobody"}
+        for change in (tenants.replace_key, tenants.remove, lambda name: tenants.change_limits(name, LIMITS)):
+            with pytest.raises(ApiError) as refused:
+                change("acme")
+            assert (refused.value.status, refused.value.code) == (409, "tenant_fixed")
+        with pytest.raises(ApiError) as refused:
+            tenants.add("acme", LIMITS)
+        assert refused.value.code == "tenant_exists"
+        added = tenants.add("wayne", LIMITS)
+        assert [tenant.name for tenant in tenants.all()] == ["acme", "umbra", "wayne"]
+        assert tenant_of(tenants, added) == "wayne"
+
+
+def test_the_environment_may_hold_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, A)
+    monkeypatch.delenv(FILE_VARIABLE, raising=False)
+    with closing(open_tenants(tmp_path)) as tenants:
+        assert tenant_of(tenants, "a") is None
+        assert tenant_of(tenants, A) == "nobody"

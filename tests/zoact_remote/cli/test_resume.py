@@ -1,0 +1,187 @@
+"""``zoact train --resume``: a run that was cut off ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from tests.zoact_remote.cli.support import RECORDS, TASK, read_json, results_of, run, run_json
+from zoact_remote import Adapter, Client
+from zoact_remote.cli.app import app
+from zoact_remote.cli.output import INTERRUPTED
+
+OPTIONS = ("--steps", "5", "--batch-size", "2", "--eval-every", "2", "--learning-rate", "0.05")
+CALLS = ("calibrate", "losses", "update", "scores")
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Cuts the run off at an adapter's calls with these numbers, counted over all runs: before or after the answer."""
+
+    def cut(*numbers: int, answered: bool) -> list[int]:
+        made: list[int] = []
+
+        def patch(name: str) -> None:
+            call = getattr(Adapter, name)
+
+            def patched(*args: Any, **kwargs: Any) -> Any:
+                made.append(len(made) + 1)
+                if made[-1] in numbers and not answered:
+                    raise KeyboardInterrupt
+                answer = call(*args, **kwargs)
+                if made[-1] in numbers:
+                    raise KeyboardInterrupt
+                return answer
+
+            monkeypatch.setattr(Adapter, name, patched)
+
+        for name in CALLS:
+            patch(name)
+        return made
+
+    return cut
+
+
+def left(name: str) -> dict[str, Any]:
+    """What a run leaves, but for names, times and wall-clock seconds."""
+    out = results_of(name)
+    result = read_json(out / "result.json")
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for record in metrics:
+        assert record.pop("seconds") >= record.pop("server_seconds") > 0
+    kept = ("version", "digest", "results", "steps", "tokens", "settings")
+    evaluations = [json.loads(line) for line in (out / "evaluations.jsonl").read_text().splitlines()]
+    curves = (out / "report.html").read_text().partition("Training loss")[2].partition("Settings")[0]
+    return {"metrics": metrics, "evaluations": evaluations, "curves": curves} | {key: result[key] for key in kept}
+
+
+@pytest.fixture
+def undisturbed(data: str, client: Client) -> dict[str, Any]:
+    run("train", data, "--adapter", "tests/undisturbed", *OPTIONS)
+    found = left("tests/undisturbed")
+    client.adapter("tests/undisturbed").delete()
+    return found
+
+
+def attempt(*arguments: str) -> int:
+    """The exit code of a run that may be cut off."""
+    return CliRunner().invoke(app, arguments, catch_exceptions=False).exit_code
+
+
+@pytest.mark.parametrize(("first", "answered"), [(1, True), (2, False), (3, True)])
+def test_a_run_cut_off_again_and_again_ends_as_if_it_had_not_been(
+    data: str, name: str, client: Client, undisturbed: dict[str, Any], cut_off: Any, first: int, answered: bool
+) -> None:
+    # Undisturbed it makes 13 calls: for the basis, four evaluations, five steps, and three updates that are waited for.
+    # An attempt gets two calls further at the least, an update and the evaluation that waits for it.
+    cut_off(*range(first, 100, 3), answered=answered)
+    train = ("train", data, "--adapter", name, *OPTIONS, "--resume")
+    attempts = 1
+    while attempt(*train) == INTERRUPTED:
+        attempts += 1
+    assert attempts > 4
+    assert left(name) == undisturbed
+    assert client.adapter(name).info.version == 5
+
+
+def test_a_run_that_is_done_stays_as_it_is(
+    data: str, name: str, client: Client, undisturbed: dict[str, Any], cut_off: Any
+) -> None:
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    run(*train)
+    (results_of(name) / "result.json").unlink()
+    made = cut_off(answered=False)
+    run(*train, "--resume")
+    assert left(name) == undisturbed
+    assert len(made) == 1, "the last update, sent again without effect"
+
+
+def test_lines_that_the_checkpoint_does_not_cover_are_dropped(
+    data: str, name: str, client: Client, undisturbed: dict[str, Any], cut_off: Any
+) -> None:
+    cut_off(7, answered=False)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    out = results_of(name)
+    for file, torn in (("metrics.jsonl", '{"step": 4}\n{"step": 5, "ver'), ("evaluations.jsonl", '{"step": 5}\n{"st')):
+        with (out / file).open("a") as lines:
+            lines.write(torn)
+    (out / "checkpoint.json.partial").write_text("{")
+    run(*train, "--resume")
+    assert left(name) == undisturbed
+
+
+def test_a_run_that_was_cut_off_is_not_forgotten_by_accident(
+    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any
+) -> None:
+    cut_off(7, answered=False)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    assert "with --resume" in run(*train, code=1).stderr
+    run(*train, "--resume")
+    assert left(name) == undisturbed
+
+
+def test_training_further_is_resumed_too(data: str, name: str, client: Client, cut_off: Any) -> None:
+    first = ("train", data, "--adapter", name, *OPTIONS)
+    run(*first)
+    before = left(name)
+    # The second and third calls are evaluations: of the model alone, and of version 5.
+    cut_off(1, 3, 5, 7, 9, answered=True)
+    while attempt(*first, "--continue", "--resume", "--out", "further") == INTERRUPTED:
+        pass
+    results = read_json(Path("further/result.json"))["results"]
+    assert results["zero_shot"] == before["results"]["zero_shot"]
+    evaluations = [json.loads(line) for line in Path("further/evaluations.jsonl").read_text().splitlines()]
+    assert [(found["step"], found["version"]) for found in evaluations] == [
+        *((None, 0), (0, 5), (2, 7), (4, 9), (5, 10)),
+    ]
+    assert client.adapter(name).info.version == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (("--learning-rate", "0.01"), "settings.learning_rate"),
+        (("--steps", "6"), "settings.steps"),
+        (("--hold-out", "0.3"), "rows"),
+        (("--eval", "other.jsonl", "--hold-out", "0"), "rows"),
+        (("--template", "{text}!"), "rows"),
+        (("--continue",), "continue"),
+    ],
+)
+def test_another_run_is_not_resumed(
+    data: str, name: str, client: Client, cut_off: Any, changes: tuple[str, ...], field: str
+) -> None:
+    Path("other.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
+    cut_off(5, answered=True)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    checkpoint = results_of(name) / "checkpoint.json"
+    before = checkpoint.read_bytes(), client.adapter(name).info
+    error = run_json(*train, *changes, "--resume", code=1)["error"]
+    assert (error["type"], error["param"]) == ("InvalidValue", field)
+    assert (checkpoint.read_bytes(), client.adapter(name).info) == before
+
+
+def test_another_adapter_of_the_same_name_is_not_trained_on(data: str, name: str, client: Client, cut_off: Any) -> None:
+    cut_off(5, answered=True)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    client.adapter(name).delete()
+    assert run_json(*train, "--resume", code=1)["error"]["type"] == "NotFound"
+    client.create_adapter(name).calibrate(TASK.rows(RECORDS[:2]))
+    assert run_json(*train, "--resume", code=1)["error"]["param"] == "adapter.created"
+    assert client.adapter(name).info.version == 0
+
+
+def test_a_run_that_is_not_resumed_forgets_the_one_before(data: str, name: str, client: Client) -> None:
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    run(*train)
+    run(*train, "--continue", "--seed", "3")
+    metrics = [json.loads(line) for line in (results_of(name) / "metrics.jsonl").read_text().splitlines()]
+    assert [record["version"] for record in metrics] == list(range(5, 10))

@@ -1,0 +1,130 @@
+"""Records come from files of several kinds and from the hub, and each knows where it came from."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zoact_remote import RecordError, load_jsonl, load_records
+
+RECORDS = [{"text": "Fine, he said.\nOnce more.", "label": "1"}, {"text": 'Café\u2028 "x"', "label": "0"}]
+LINES = '{"text": "Fine, he said.\\nOnce more.", "label": "1"}\n\n{"text": "Café\u2028 \\"x\\"", "label": "0"}\n'
+CELLS = 'text,label\n"Fine, he said.\nOnce more.",1\n\nCafé\u2028 "x",0\n'
+TABS = 'text\tlabel\nShe said "no\t0\n'
+
+
+def file(directory: Path, name: str, content: str) -> Path:
+    path = directory / name
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize(
+    ("name", "content", "lines"), [("r.jsonl", LINES, [1, 3]), ("rows.txt", LINES, [1, 3]), ("r.csv", CELLS, [2, 5])]
+)
+def test_records_know_their_lines(name: str, content: str, lines: list[int], mark: str, tmp_path: Path) -> None:
+    path = file(tmp_path, name, mark + content)
+    found = load_records(path)
+    assert found == RECORDS
+    assert [record.place for record in found] == [f"{path}:{line}" for line in lines]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    assert load_jsonl(file(tmp_path, "any", LINES)) == RECORDS
+
+
+def test_tabs_come_without_quotes(tmp_path: Path) -> None:
+    assert load_records(file(tmp_path, "r.tsv", TABS)) == [{"text": 'She said "no', "label": "0"}]
+
+
+@given(rows=st.lists(st.tuples(st.text(min_size=1), st.text()), max_size=4))
+def test_what_csv_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("csv") / "r.csv"
+    rows = [(a.encode(errors="replace").decode(), b.encode(errors="replace").decode()) for a, b in rows]
+    with path.open("w", encoding="utf-8", newline="") as out:
+        csv.writer(out).writerows([("a", "b c"), *rows])
+    assert [(record["a"], record["b c"]) for record in load_records(path)] == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("r.jsonl", '{"a": 1}\n{', ":2: not JSON"),
+        ("r.jsonl", '{"a": 1}\n\n[1]', ":3: not a JSON object, but list"),
+        ("r.csv", "", ":1: the first line must name the fields"),
+        ("r.csv", "a,a\n1,2", ":1: the first line must name the fields, each once; it holds ['a', 'a']"),
+        ("r.csv", 'a,b\n"x\ny",2\n1,2,3\n', ":4: has 3 cells, not one for each of 'a', 'b'"),
+        ("r.csv", "a,b\n1,2\n1", ":3: has 1 cells"),
+        ("r.csv", 'a,b\n1,2\n"x"y,2', ":3: "),
+    ],
+)
+def test_lines_that_hold_no_record(name: str, content: str, message: str, tmp_path: Path) -> None:
+    path = file(tmp_path, name, content)
+    with pytest.raises(RecordError) as caught:
+        load_records(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+
+
+def test_a_missing_file_is_no_data_set() -> None:
+    with pytest.raises(FileNotFoundError):
+        load_records("none.csv")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="reading Parquet needs pyarrow")
+    from pyarrow import parquet
+
+    records = [{"text": "a", "label": 1, "answers": {"text": ["x", "y"]}}, {"text": None, "label": 0, "answers": None}]
+    path = tmp_path / "r.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    found = load_records(path)
+    assert found == records
+    assert found[1].place == f"{path}:2"
+    with pytest.raises(RecordError, match="not Parquet"):
+        load_records(file(tmp_path, "no.parquet", "text"))
+
+
+@pytest.mark.parametrize(
+    ("library", "source", "extra"), [("pyarrow", "r.parquet", "parquet"), ("datasets", "owner/films", "hub")]
+)
+def test_a_missing_library_is_named(library: str, source: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(RecordError, match=rf"{source}.*pip install 'zoact-remote\[{extra}\]'"):
+        load_records(source)
+
+
+class Found(list[dict[str, Any]]):
+    features = {"text": None, "label": SimpleNamespace(names=["bad", "good"])}  # noqa: RUF012
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load_dataset(*arguments: Any, **options: Any) -> Found:
+        asked.append((arguments, options))
+        if arguments[0] == "none":
+            raise ValueError("no such split")
+        return Found([{"text": "x", "label": 1}, {"text": "y", "label": -1}])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    found = load_records("owner/films:short@validation[:2]")
+    assert found == [{"text": "x", "label": "good"}, {"text": "y", "label": -1}]
+    assert found[1].place == "owner/films:short@validation[:2]:2"
+    load_records("films")
+    assert asked == [
+        (("owner/films", "short"), {"split": "validation[:2]"}),
+        (("films", None), {"split": "train"}),
+    ]
+    with pytest.raises(RecordError, match="none could not be loaded from the hub: no such split"):
+        load_records("none")
+
+
+def test_records_are_plain_data() -> None:
+    assert json.loads(json.dumps(load_records(Path(__file__).parents[3] / "examples/data/tickets.jsonl")[0]))

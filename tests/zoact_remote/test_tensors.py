@@ -1,0 +1,69 @@
+"""The small safetensors reader, against files that the format's own library writes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from safetensors.numpy import save, save_file
+
+from zoact_remote import InvalidValue
+from zoact_remote.tensors import read_tensors
+
+TENSORS = st.dictionaries(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda name: name != "__metadata__"),
+    arrays.arrays(np.float32, arrays.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=5)),
+    max_size=4,
+)
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tensors=TENSORS, metadata=st.none() | st.just({"format": "pt"}))
+def test_it_reads_what_was_written(
+    tmp_path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None
+) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file(tensors, file, metadata)
+    found = read_tensors(file)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], tensor)
+
+
+def test_other_types_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    save_file({"a": np.zeros(2, np.float16)}, file)
+    with pytest.raises(InvalidValue, match="a: must be float32"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize("length", [0, 4, 8, 20, -1])
+def test_a_file_that_was_cut_off_is_refused(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(save({"a": np.zeros(3, np.float32)})[:length])
+    with pytest.raises(InvalidValue, match=r"x\.safetensors"):
+        read_tensors(file)
+
+
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        [],
+        "F32",
+        {"dtype": "F32", "shape": [2], "data_offsets": [0]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 12]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        {"dtype": "F32", "shape": [-2], "data_offsets": [8, 0]},
+    ],
+)
+def test_a_header_that_lies_is_refused(tmp_path: Path, about: object) -> None:
+    header = json.dumps({"a": about}).encode()
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(InvalidValue, match="a: "):
+        read_tensors(file)

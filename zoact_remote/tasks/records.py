@@ -1,0 +1,138 @@
+"""Records of data, from files and from the hub."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class RecordError(ValueError):
+    """A record that does not fit its task, or a source that holds no records. The message says where and what."""
+
+
+class Record(dict[str, Any]):
+    """A record, by field.
+
+    Attributes:
+        place: where it came from, such as ``films.csv:12``.
+
+    """
+
+    def __init__(self, fields: Mapping[str, Any], place: str) -> None:
+        super().__init__(fields)
+        self.place = place
+
+
+def load_records(source: str | os.PathLike[str]) -> list[Record]:
+    """The records of a file, or of a data set on the hub.
+
+    Args:
+        source: a file of JSON Lines, CSV, TSV (no quoting) or Parquet, told apart by how its name ends and JSON Lines
+            otherwise; else a data set on the hub, ``NAME[:CONFIG][@SPLIT]``, such as ``super_glue:copa@validation`` or
+            ``ag_news@train[:1000]``, whose split is ``train`` if not given. Parquet needs pyarrow, the hub needs
+            datasets. Where the hub numbers labels and names them, records have the names.
+
+    Raises:
+        RecordError: a record cannot be read; the message names file and line. Or a library is missing.
+        OSError: the file cannot be opened.
+
+    """
+    path = Path(source)
+    if path.is_file() or path.suffix in _READERS:
+        return list(_READERS.get(path.suffix, _read_jsonl)(path))
+    return list(_read_hub(os.fspath(source)))
+
+
+def load_jsonl(path: str | os.PathLike[str]) -> list[Record]:
+    """The records of a JSON Lines file. Blank lines are passed over.
+
+    Raises:
+        RecordError: a line is not a JSON object; the message names file and line.
+
+    """
+    return list(_read_jsonl(Path(path)))
+
+
+def _read_jsonl(path: Path) -> Iterator[Record]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            place = f"{path}:{number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise RecordError(f"{place}: not JSON: {error}") from None
+            if not isinstance(record, dict):
+                raise RecordError(f"{place}: not a JSON object, but {type(record).__name__}")
+            yield Record(record, place)
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True, **(tabs if path.suffix == ".tsv" else {}))
+        line = 1
+        try:
+            header = next(reader, [])
+            if not header or len(set(header)) != len(header):
+                raise RecordError(f"{path}:1: the first line must name the fields, each once; it holds {header}")
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells and len(cells) != len(header):
+                    raise RecordError(
+                        f"{path}:{line}: has {len(cells)} cells, not one for each of {', '.join(map(repr, header))}"
+                    )
+                if cells:
+                    yield Record(dict(zip(header, cells, strict=True)), f"{path}:{line}")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise RecordError(f"{path}:{line}: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise RecordError(f"{path}: to read Parquet: pip install 'zoact-remote[parquet]'") from None
+    with path.open("rb") as file:
+        try:
+            found = parquet.read_table(file).to_pylist()
+        except ValueError as error:  # pyarrow.ArrowInvalid is one
+            raise RecordError(f"{path}: not Parquet: {error}") from None
+    for number, record in enumerate(found, start=1):
+        yield Record(record, f"{path}:{number}")
+
+
+def _read_hub(source: str) -> Iterator[Record]:
+    try:
+        import datasets
+    except ImportError:
+        raise RecordError(f"{source} is not a file; to load it from the hub: pip install 'zoact-remote[hub]'") from None
+    path, _, split = source.partition("@")
+    name, _, config = path.partition(":")
+    try:
+        found = datasets.load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise RecordError(f"{source} could not be loaded from the hub: {error}") from error
+    names = {field: getattr(feature, "names", None) for field, feature in found.features.items()}
+    for number, record in enumerate(found, start=1):
+        named = {field: _label_name(value, names[field]) for field, value in record.items()}
+        yield Record(named, f"{source}:{number}")
+
+
+def _label_name(value: Any, names: list[str] | None) -> Any:
+    # Labels that are kept secret are -1.
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+}
