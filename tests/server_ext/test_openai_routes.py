@@ -45,7 +45,7 @@ class House:
     def __init__(self, engine: TransformersEngine, directory: Path, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self.models = Models()
-        self.gate = Gate(Service(engine, directory), Tenants(directory / "tenants.sqlite", [OPERATOR_KEY]))
+        self.gate = Gate(Service(engine, directory), Tenants(directory / "tenants.sqlite", [key_digest(OPERATOR_KEY)]))
         self.keys = {tenant: self.gate.tenants.add(tenant, TenantLimits()) for tenant in ("acme", "umbra")}
         self.app = FastAPI()
         self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
