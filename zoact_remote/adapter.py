@@ -67,7 +67,7 @@ class Adapter:
         retries: int | None = None,
         patience: float | None = None,
     ) -> Adapter:
-        """This adapter under other options for its calls (:class:`Client`); None leaves an option as it is."""
+        """The same adapter under other options for its calls (:class:`Client`); None leaves an option as it is."""
         other = copy.copy(self)
         other._transport = self._transport.with_options(timeout=timeout, retries=retries, patience=patience)
         return other

@@ -63,7 +63,7 @@ class Client:
         retries: int | None = None,
         patience: float | None = None,
     ) -> Client:
-        """This client with other options, over the same connections, which close with either of the two.
+        """A client with other options, over the same connections, which close with either of the two.
 
         Adapters keep to the options of the client that they come from, or of :meth:`Adapter.with_options`.
 

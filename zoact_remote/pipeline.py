@@ -17,12 +17,13 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from zoact_remote.errors import InvalidValue, StaleVersion
-from zoact_remote.estimators import Ask
+from zoact_remote.estimators import Ask, Draw
 from zoact_remote.training import PROBES, History, StepRecord, Trainer
 from zoact_remote.wire import Json, Losses, Update
 
@@ -37,17 +38,24 @@ class PipelinedTrainer(Trainer):
     Nothing but the run may change the adapter meanwhile, not even a callback.
     """
 
-    _calls: dict[int, tuple[Ask, Future[Losses]]]
-    """The steps whose losses have been asked for and not been used."""
     _earlier: Update | None = None
     """The update before the pending one, until it is known to be applied."""
     _threads: Executor
 
+    @cached_property
+    def _calls(self) -> dict[int, tuple[Ask, Future[Losses]]]:
+        """The steps whose losses have been asked for and not been used."""
+        return {}
+
     def run(self) -> History:
         """See :meth:`Trainer.run`."""
-        self._calls = {}
-        with ThreadPoolExecutor(2) as self._threads:
-            return super().run()
+        with ThreadPoolExecutor(2, "zoact-step") as self._threads:
+            try:
+                return super().run()
+            finally:
+                # What is still asked for can be asked for again: an update is applied once.
+                wait([answer for _, answer in self._calls.values()])
+                self._calls.clear()
 
     def _step(self) -> StepRecord:
         started = time.perf_counter()
@@ -56,11 +64,7 @@ class PipelinedTrainer(Trainer):
         if self.version is not None and step + 1 < self.steps:
             self._begin(step + 1, self._pending)
         ask, answer = self._calls[step]
-        try:
-            losses = answer.result()
-        except BaseException:
-            self._settle()
-            raise
+        losses = answer.result()
         del self._calls[step]
         self._check_finite(ask, losses)
         estimate = self.estimator.tell(losses)
@@ -106,6 +110,10 @@ class PipelinedTrainer(Trainer):
         super().load_state_dict(state)
         self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
 
+    def _seeds(self, step: int) -> Draw:
+        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, step)))
+        return lambda: int(words.random_raw())
+
     def _begin(self, step: int, update: Update | None) -> None:
         """Ask for a step's losses, unless that has been done: those of the version before the one that is due."""
         if step in self._calls:
@@ -130,8 +138,3 @@ class PipelinedTrainer(Trainer):
             return send()
 
         self._calls[step] = ask, self._threads.submit(call)
-
-    def _settle(self) -> None:
-        """Wait for all calls, and forget them: they can be made again, since an update is applied once."""
-        wait([answer for _, answer in self._calls.values()])
-        self._calls = {}
