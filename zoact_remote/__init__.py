@@ -41,10 +41,14 @@ if TYPE_CHECKING:
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
     from zoact_remote.learning_rate import RangeTest, find_learning_rate
+    from zoact_remote.notebook import LiveCurve
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
+    from zoact_remote.pipeline import PipelinedTrainer
+    from zoact_remote.rewarded import Reward, Rewarded, RewardEvaluation
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.tenants import Tenant
+    from zoact_remote.together import train_together
     from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
@@ -83,10 +87,14 @@ _NAMES = {
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
     "learning_rate": ("RangeTest", "find_learning_rate"),
+    "notebook": ("LiveCurve",),
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
+    "pipeline": ("PipelinedTrainer",),
+    "rewarded": ("Reward", "RewardEvaluation", "Rewarded"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "tenants": ("Tenant",),
+    "together": ("train_together",),
     "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
@@ -131,15 +139,20 @@ __all__ = [
     "Info",
     "InvalidValue",
     "LeaveOneOut",
+    "LiveCurve",
     "Losses",
     "Normaliser",
     "NotFound",
     "Optimizer",
+    "PipelinedTrainer",
     "Probe",
     "RangeTest",
     "RateLimited",
     "Record",
     "RecordError",
+    "Reward",
+    "RewardEvaluation",
+    "Rewarded",
     "Row",
     "Scores",
     "ServerError",
@@ -165,6 +178,7 @@ __all__ = [
     "linear",
     "load_jsonl",
     "load_records",
+    "train_together",
 ]
 
 

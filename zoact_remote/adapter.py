@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -58,6 +59,18 @@ class Adapter:
 
     def __repr__(self) -> str:
         return f"<Adapter {self.name} at {self._transport.url}>"
+
+    def with_options(
+        self,
+        *,
+        timeout: tuple[float, float] | None = None,
+        retries: int | None = None,
+        patience: float | None = None,
+    ) -> Adapter:
+        """The same adapter under other options for its calls (:class:`Client`); None leaves an option as it is."""
+        other = copy.copy(self)
+        other._transport = self._transport.with_options(timeout=timeout, retries=retries, patience=patience)
+        return other
 
     def refresh(self) -> AdapterInfo:
         """Ask the server about the adapter; the answer is kept as :attr:`info`."""
@@ -193,6 +206,8 @@ class Adapter:
     ) -> Generation:
         """Generate text.
 
+        It changes nothing, so a call that fails in transit is made again; without a seed, that samples anew.
+
         Args:
             prompt: text or token ids; give this or ``messages``.
             messages: a conversation, put through the model's chat template.
@@ -216,7 +231,7 @@ class Adapter:
             body["messages"] = [dict(message) for message in messages]
         else:
             body["prompt"] = prompt if isinstance(prompt, str) else list(prompt or ())
-        return self._transport.call("POST", f"{self._path}/generate", Generation.from_json, json=body, repeatable=False)
+        return self._transport.call("POST", f"{self._path}/generate", Generation.from_json, json=body, repeatable=True)
 
     def journal(self, after: int = 0, *, page: int = 1000) -> Iterator[JournalEntry]:
         """All updates and rollbacks, oldest first, fetched page by page.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Sequence
@@ -56,6 +57,27 @@ class Client:
             retries=retries,
             patience=patience,
         )
+
+    def with_options(
+        self,
+        *,
+        timeout: tuple[float, float] | None = None,
+        retries: int | None = None,
+        patience: float | None = None,
+    ) -> Client:
+        """A client with other options, over the same connections, which close with either of the two.
+
+        Adapters keep to the options of the client that they come from, or of :meth:`Adapter.with_options`.
+
+        Args:
+            timeout: as for the client; None leaves it as it is, here and below.
+            retries: as for the client.
+            patience: as for the client.
+
+        """
+        other = copy.copy(self)
+        other._transport = self._transport.with_options(timeout=timeout, retries=retries, patience=patience)
+        return other
 
     @property
     def url(self) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from zoact_remote import metrics
 from zoact_remote.errors import BadRequest, InvalidValue
 from zoact_remote.tasks import Task
+from zoact_remote.threads import side_by_side
 from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
 
 Progress: TypeAlias = Callable[[int, int], None]
@@ -24,9 +24,6 @@ Progress: TypeAlias = Callable[[int, int], None]
 _ROW = re.compile(r"^rows\[(\d+)\]")
 
 REQUEST_TOO_LARGE = "request_too_large"
-GENERATIONS_AT_ONCE = 16
-"""Texts that are asked for side by side: a call generates one, and the server batches them."""
-
 
 class Scorer(Protocol):
     """What can be evaluated on rows; an :class:`~zoact_remote.adapter.Adapter` is one."""
@@ -146,7 +143,9 @@ def evaluate(
     )
     chosen = [guess for guess in predictions if guess is not None]
     answers = [row["answer"] for row in rows if "choices" in row]
-    texts = [score for row, score in zip(rows, scores, strict=True) if "choices" not in row]
+    choices = [row.get("choices") for row in rows]
+    # A score may be another figure than a likelihood, and then has no tokens.
+    texts = [score for given, score in zip(choices, scores, strict=True) if given is None and score.tokens]
     found = Evaluation(
         version=version,
         loss=float(np.mean([score.loss for score in scores])),
@@ -161,7 +160,7 @@ def evaluate(
             else None
         ),
     )
-    if texts or any(row["choices"] != rows[0]["choices"] for row in rows):
+    if None in choices or any(given != choices[0] for given in choices):
         return found
     likeliest = calibrated(logprobs).argmax(axis=1).tolist()
     return replace(
@@ -242,19 +241,15 @@ def generate_texts(
     def ask(i: int) -> str:
         row = rows[i]
         asked = {"messages": row["messages"][:-1]} if "messages" in row else {"prompt": row["prompt"]}
-        with _named(f"rows[{i}].{{}}".format):
+        with renamed(f"rows[{i}].{{}}".format):
             text = adapter.generate(**asked, max_tokens=max_tokens, version=version).text
         return text.partition(stop)[0] if stop else text
 
     texts: list[str] = []
-    pool = ThreadPoolExecutor(GENERATIONS_AT_ONCE)
-    try:
-        for text in pool.map(ask, range(len(rows))):
-            texts.append(text)
-            if progress is not None:
-                progress(len(texts), len(rows))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    for text in side_by_side(ask, range(len(rows))):
+        texts.append(text)
+        if progress is not None:
+            progress(len(texts), len(rows))
     return tuple(texts)
 
 
@@ -283,7 +278,7 @@ def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per
     while start < len(rows):
         batch = rows[start : start + rows_per_call]
         try:
-            with _named(partial(_shifted, start)):
+            with renamed(partial(_shifted, start)):
                 scores = adapter.scores(batch, version=version)
         except BadRequest as error:
             # Whether rows are too much together, by number, tokens or bytes, is known to the server alone.
@@ -303,8 +298,8 @@ def _shifted(start: int, param: str) -> str:
 
 
 @contextmanager
-def _named(rename: Callable[[str], str]) -> Iterator[None]:
-    """Gives the parameter of a failure in a call the name that it has for the caller."""
+def renamed(rename: Callable[[str], str]) -> Iterator[None]:
+    """Give the parameter of a failure in a call the name that it has for the caller."""
     try:
         yield
     except BadRequest as error:

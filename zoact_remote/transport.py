@@ -14,6 +14,7 @@ were duplicated: it is thrown away with its connection.
 
 from __future__ import annotations
 
+import copy
 import ipaddress
 import time
 import uuid
@@ -46,6 +47,8 @@ BROKEN = (
 BACKOFF = tenacity.wait_exponential(multiplier=0.5, max=30.0) + tenacity.wait_random(0.0, 0.5)
 LONGEST_WAIT_S = 120.0
 """A server that asks for a longer wait is not waited for."""
+CONNECTIONS_KEPT = 256
+"""Connections that stay open for the next call: more than threads that one process is likely to call from at once."""
 CHUNK_BYTES = 1 << 20
 ID_HEADER = "x-request-id"
 ID_PREFIX = "zoact-"
@@ -80,22 +83,44 @@ class Transport:
     ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"the URL must start with http:// or https://, got {url!r}")
-        if retries < 0:
-            raise ValueError(f"retries must be at least 0, got {retries}")
-        if not patience >= 0:
-            raise ValueError(f"patience must be at least 0, got {patience}")
         self.url = url.rstrip("/")
-        self.timeout = timeout
-        self.retries = retries
-        self.patience = patience
+        self._set(timeout, retries, patience)
         self._sleep = sleep
         self._has_answered = False
         self._session = requests.Session()
+        self._session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS_KEPT))
         # A proxy from the environment cannot reach this machine's own loopback.
         self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
         if api_key is not None:
             # An auth object, not a header: requests would let a matching .netrc entry replace the header.
             self._session.auth = _Bearer(api_key)
+
+    def with_options(
+        self,
+        *,
+        timeout: tuple[float, float] | None = None,
+        retries: int | None = None,
+        patience: float | None = None,
+    ) -> Transport:
+        """The same server over the same connections, under other options; None leaves an option as it is."""
+        other = copy.copy(self)
+        other._set(
+            self.timeout if timeout is None else timeout,
+            self.retries if retries is None else retries,
+            self.patience if patience is None else patience,
+        )
+        return other
+
+    def _set(self, timeout: tuple[float, float], retries: int, patience: float) -> None:
+        if not (len(timeout) == 2 and all(seconds > 0 for seconds in timeout)):
+            raise ValueError(f"timeout must be two numbers of seconds greater than 0, got {timeout!r}")
+        if retries < 0:
+            raise ValueError(f"retries must be at least 0, got {retries}")
+        if not patience >= 0:
+            raise ValueError(f"patience must be at least 0, got {patience}")
+        self.timeout = timeout
+        self.retries = retries
+        self.patience = patience
 
     def call(
         self,

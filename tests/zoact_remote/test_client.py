@@ -371,3 +371,30 @@ def test_delete_is_not_repeated(adapter: Adapter, server: responses.RequestsMock
     server.delete(PATH, status=204)
     adapter.delete()
     assert len(server.calls) == 3
+
+
+def test_options_of_a_part(client: Client, adapter: Adapter, server: responses.RequestsMock) -> None:
+    answer = {"version": 3, "text": "4", "token_ids": [19], "finish_reason": "stop"}
+    server.get(f"{API}/info", json=INFO, match=[matchers.request_kwargs_matcher({"timeout": (1.0, 2.0)})])
+    server.post(f"{PATH}/generate", json=answer, match=[matchers.request_kwargs_matcher({"timeout": (3.0, 4.0)})])
+    server.get(PATH, json=adapter_json(), match=[matchers.request_kwargs_matcher({"timeout": (5.0, 600.0)})])
+    assert client.with_options(timeout=(1.0, 2.0)).info().model == "tiny"
+    hasty = adapter.with_options(timeout=(3.0, 4.0), retries=0)
+    assert hasty.generate("2 + 2 =").text == "4"
+    assert (hasty.name, hasty.info) == (adapter.name, adapter.info)
+    adapter.refresh()
+
+
+def test_options_of_a_part_keep_the_others(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{API}/info", status=503)
+    with pytest.raises(ServerError):
+        client.with_options(retries=2).with_options(patience=0.0).info()
+    assert len(server.calls) == 3
+    with pytest.raises(ValueError, match="retries"):
+        client.with_options(retries=-1)
+
+
+def test_a_generation_that_is_cut_off_is_asked_for_again(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.post(f"{PATH}/generate", body=requests.ConnectionError("cut off"))
+    server.post(f"{PATH}/generate", json={"version": 3, "text": "4", "token_ids": [19], "finish_reason": "stop"})
+    assert adapter.generate("2 + 2 =").text == "4"

@@ -201,6 +201,9 @@ def test_wrong_settings() -> None:
         Transport(URL, retries=-1)
     with pytest.raises(ValueError, match="patience"):
         Transport(URL, patience=-1.0)
+    for timeout in ((0.0, 1.0), (1.0, -1.0), (1.0,)):
+        with pytest.raises(ValueError, match="timeout"):
+            Transport(URL, timeout=timeout)  # type: ignore[arg-type]
 
 
 def test_a_call_that_is_made_once_is_not_repeated(waits: list[float]) -> None:

@@ -1,0 +1,208 @@
+"""Overlapping steps: one step stale, whatever the timing, and otherwise a run like any other."""
+
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tests.soak.chaos_proxy import bad_network
+from tests.support import CALL_TIMEOUT_S, Servers, new_name
+from tests.support import ROWS as TEXTS
+from tests.zoact_remote.test_training import ROWS, Regression, trainer
+from zoact_remote import (
+    Adam,
+    Basis,
+    Client,
+    ConnectionFailed,
+    InvalidValue,
+    Losses,
+    PipelinedTrainer,
+    Probe,
+    Row,
+    StaleVersion,
+    Trainer,
+    TwoPoint,
+    Update,
+    UpdateResult,
+)
+
+
+class Remote(Regression):
+    """The regression, for several threads, at the end of a line that can be held up.
+
+    Attributes:
+        held: calls, by their number, that reach it only when a later call has been refused or answered.
+        lost: calls, by their number, that are never answered, having been acted on.
+        stale: how often it refused an update.
+
+    """
+
+    def __init__(self, held: Sequence[int] = (), lost: Sequence[int] = ()) -> None:
+        super().__init__()
+        self.held, self.lost, self.stale = set(held), set(lost), 0
+        self._lock = threading.Lock()
+        self._count = 0
+        self._moved = threading.Condition()
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        with self._moved:
+            number = self._count
+            self._count += 1
+            if number in self.held:
+                assert self._moved.wait(60)
+        try:
+            with self._lock:
+                found = super().losses(rows, probes, base=base, version=version, update=update)
+        except StaleVersion:
+            self.stale += 1
+            raise
+        finally:
+            with self._moved:
+                self._moved.notify_all()
+        if number in self.lost:
+            raise ConnectionFailed("no answer", sent=True)
+        return found
+
+    def update(self, update: Update) -> UpdateResult:
+        with self._lock:
+            return super().update(update)
+
+
+def pipelined(adapter: Regression, **changes: Any) -> PipelinedTrainer:
+    plain = trainer(adapter, **changes)
+    names = ("estimator", "optimizer", "schedule", "rows", "steps", "batch_size", "seed")
+    names += ("eval_rows", "eval_every", "callbacks")
+    return PipelinedTrainer(adapter, **{name: getattr(plain, name) for name in names})
+
+
+def one_step_stale(steps: int, seed: int = 0) -> list[NDArray[np.float64]]:
+    """The versions of a run with one step of staleness, step by step."""
+    adapter, plain = Regression(), trainer(Regression(), seed=seed)
+    for step in range(steps):
+        plain.step = step
+        ask = plain.estimator.ask(plain._draw())
+        losses = adapter.losses(plain.batch(step), ask.probes, version=max(0, step - 1))
+        update = plain.optimizer.step(plain.estimator.tell(losses), 0.03, step)
+        adapter.update(Update(step, update.terms, key=str(step)))
+    return adapter.versions
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 30])
+def test_every_step_probes_the_version_before(steps: int) -> None:
+    adapter = Remote()
+    history = pipelined(adapter, steps=steps).run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(steps))
+    assert [record.version for record in history.steps] == [max(0, step - 1) for step in range(steps)]
+    assert [record.step for record in history.steps] == list(range(steps))
+
+
+def test_two_calls_are_under_way_at_once() -> None:
+    # Each of these waits for another call to come, which a plain run would not make.
+    adapter = Remote(held=range(1, 28, 2))
+    pipelined(adapter).run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_an_update_that_comes_before_its_base_is_sent_again() -> None:
+    adapter = Remote(held=[4, 9])
+    pipelined(adapter).run()
+    assert adapter.stale >= 1
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_evaluations_do_not_change_the_run() -> None:
+    adapter = Remote()
+    history = pipelined(adapter, eval_rows=ROWS, eval_every=4).run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+    assert [found.version for found in history.evaluations] == [0, *range(4, 30, 4), 30]
+    for found in history.evaluations:
+        assert found.loss == pytest.approx(adapter.loss(ROWS, adapter.versions[found.version]))
+
+
+@pytest.mark.parametrize("lost", [[0], [1], [5], [5, 6, 7], [29]])
+def test_it_goes_on_after_a_failure(lost: list[int]) -> None:
+    adapter = Remote(lost=lost)
+    run = pipelined(adapter)
+    failures = 0
+    while run.step < run.steps:
+        try:
+            run.run()
+        except ConnectionFailed:
+            failures += 1
+    assert failures >= 1
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_someone_else_is_noticed() -> None:
+    def meddle(run: Trainer, record: Any) -> None:
+        if record.step == 4:
+            run.flush()
+            adapter.update(Update(len(adapter.versions) - 1, ((1, 0.5),), key="other"))
+
+    adapter = Remote()
+    with pytest.raises(StaleVersion):
+        pipelined(adapter, callbacks=[meddle]).run()
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3, 17, 29])
+def test_a_resumed_run_goes_on_to_the_bit(cut: int) -> None:
+    adapter, saved = Remote(), list[str]()
+
+    def keep(run: Trainer, record: Any) -> None:
+        saved.append(json.dumps(run.state_dict()))
+        if run.step == cut:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pipelined(adapter, callbacks=[keep]).run()
+    run = pipelined(adapter)
+    run.load_state_dict(json.loads(saved[-1]))
+    run.run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_a_plain_state_is_refused() -> None:
+    with pytest.raises(InvalidValue, match=r"^earlier: "):
+        pipelined(Remote()).load_state_dict(trainer(Regression()).state_dict())
+
+
+def test_a_real_server_and_a_bad_network(servers: Servers) -> None:
+    def trained(client: Client) -> str | None:
+        adapter = client.create_adapter(new_name(), rank=2, basis=Basis(positions="both"), exist_ok=True)
+        adapter.calibrate(TEXTS, exist_ok=True)
+        PipelinedTrainer(
+            adapter, TwoPoint(), Adam(), 0.01, TEXTS, steps=12, batch_size=2, eval_rows=TEXTS[:2], eval_every=5
+        ).run()
+        return adapter.refresh().digest
+
+    server = servers("transformers")
+    with server.client() as client:
+        digest = trained(client)
+        adapter = client.create_adapter(new_name(), rank=2, basis=Basis(positions="both"))
+        adapter.calibrate(TEXTS)
+        plain = Trainer(adapter, TwoPoint(), Adam(), 0.01, TEXTS, steps=12, batch_size=2)
+        for step in range(12):
+            plain.step = step
+            ask = plain.estimator.ask(plain._draw())
+            losses = adapter.losses(plain.batch(step), ask.probes, version=max(0, step - 1))
+            adapter.update(plain.optimizer.step(plain.estimator.tell(losses), 0.01, step))
+        assert adapter.refresh().digest == digest
+    with (
+        bad_network(server.url, seed=1) as network,
+        Client(network.url, timeout=CALL_TIMEOUT_S) as client,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(client._transport, "_sleep", lambda seconds: None)
+        assert trained(client) == digest

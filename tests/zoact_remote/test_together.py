@@ -1,0 +1,103 @@
+"""Runs side by side: the same as one after the other."""
+
+import signal
+import threading
+from typing import Any
+
+import pytest
+
+from tests.support import ROWS as TEXTS
+from tests.support import Servers, new_adapter
+from tests.zoact_remote.test_training import Regression, trainer
+from zoact_remote import Adam, Basis, Callback, InvalidValue, StepRecord, Trainer, TwoPoint, train_together
+
+
+def test_every_run_is_what_it_would_be_alone() -> None:
+    alone, together = [Regression() for _ in range(3)], [Regression() for _ in range(3)]
+    for i, adapter in enumerate(alone):
+        trainer(adapter, seed=i).run()
+    runs = train_together([trainer(adapter, seed=i) for i, adapter in enumerate(together)])
+    assert [len(run.result().steps) for run in runs] == [30, 30, 30]
+    assert [a.versions[-1].tolist() for a in together] == [a.versions[-1].tolist() for a in alone]
+
+
+def test_a_failure_leaves_the_others_alone() -> None:
+    def fail(run: Trainer, record: StepRecord) -> None:
+        raise ZeroDivisionError
+
+    good, bad, other = (trainer(Regression(), callbacks=callbacks) for callbacks in ([], [fail], []))
+    runs = train_together([good, bad, other])
+    assert isinstance(runs[1].exception(), ZeroDivisionError)
+    assert len(runs[0].result().steps) == len(runs[2].result().steps) == 30
+    assert bad.step == 1
+
+
+def test_nothing_to_do() -> None:
+    assert train_together([]) == []
+
+
+def test_what_runs_may_not_share() -> None:
+    run = trainer(Regression())
+    with pytest.raises(InvalidValue, match=r"^trainers\[1\]: is the same object as trainers\[0\]"):
+        train_together([run, run])
+    for part in ("adapter", "optimizer"):
+        other = trainer(Regression())
+        setattr(other, part, getattr(run, part))
+        with pytest.raises(InvalidValue, match=rf"^trainers\[1\].{part}: .* trainers\[0\].{part};"):
+            train_together([run, other])
+    assert run.step == 0
+
+
+class Interrupt(Callback):
+    """Presses Ctrl-C once both runs are under way, and sees how they end."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Barrier(2)
+        self.ended: list[str | None] = []
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == 3 and self.begun.wait(60) == 0:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    def on_end(self, trainer: Trainer, history: Any) -> None:
+        self.ended.append(history.stopped)
+
+
+def test_an_interrupt_stops_every_run_after_its_step() -> None:
+    callback = Interrupt()
+    adapters = [Regression(), Regression()]
+    runs = [trainer(adapter, steps=10**6, callbacks=[callback]) for adapter in adapters]
+    with pytest.raises(KeyboardInterrupt):
+        train_together(runs)
+    assert callback.ended == ["interrupted"] * 2
+    for run, adapter in zip(runs, adapters, strict=True):
+        assert 4 <= run.step == len(adapter.versions) - 1 < 10**6
+
+
+def test_on_a_real_server(servers: Servers) -> None:
+    def runs() -> list[Trainer]:
+        return [
+            Trainer(
+                new_adapter(client, rank=rank, basis=Basis(positions="both"), rows=TEXTS),
+                TwoPoint(2.0**-6),
+                Adam(),
+                0.01,
+                TEXTS,
+                steps=5,
+                batch_size=2,
+                seed=rank,
+            )
+            for rank in (1, 2, 3)
+        ]
+
+    def digests(trainers: list[Trainer]) -> list[str]:
+        return [run.adapter.refresh().digest for run in trainers]  # type: ignore[attr-defined]
+
+    with servers("transformers").client() as client:
+        one_by_one, together = runs(), runs()
+        for run in one_by_one:
+            run.run()
+        for done in train_together(together):
+            done.result()
+        assert digests(together) == digests(one_by_one)
+        assert len(set(digests(together))) == 3

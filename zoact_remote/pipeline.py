@@ -1,0 +1,140 @@
+"""Training with two steps under way at once, for servers that are far away.
+
+A :class:`~zoact_remote.Trainer` waits for the losses of one step before it asks for those of the next. Here the next
+step's are asked for meanwhile, of the version before: every gradient is one step stale. Call k carries the update made
+from the losses of step k - 2, and probes the version which that leads to; it is sent as soon as those losses are there,
+while call k - 1 is under way. So the link and the server are busy at the same time, and a step takes half a round trip
+where the link is what it waits for.
+
+A version once made never changes and every call names its own, so that a run is the same to the bit however the calls
+are timed: ``C_{k+1} = C_k - a_k g_k(C_{k-1})``, the delayed gradient method (Agarwal and Duchi, arXiv 1104.5525) with a
+delay of one step.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from zoact_remote.errors import InvalidValue, StaleVersion
+from zoact_remote.estimators import Ask, Draw
+from zoact_remote.training import PROBES, History, StepRecord, Trainer
+from zoact_remote.wire import Json, Losses, Update
+
+
+class PipelinedTrainer(Trainer):
+    """A :class:`~zoact_remote.Trainer` that accepts one step of staleness to hide the way to the server.
+
+    The second step probes the same version as the first, and from then on every step probes the version that the
+    update before the last one made. Batches and probes are those of a plain run with the same seed. Steps overlap from
+    the second on; before an evaluation, and at the end, both updates that are then under way are waited for.
+
+    Nothing but the run may change the adapter meanwhile, not even a callback.
+    """
+
+    _earlier: Update | None = None
+    """The update before the pending one, until it is known to be applied."""
+    _threads: Executor
+
+    @cached_property
+    def _calls(self) -> dict[int, tuple[Ask, Future[Losses]]]:
+        """The steps whose losses have been asked for and not been used."""
+        return {}
+
+    def run(self) -> History:
+        """See :meth:`Trainer.run`."""
+        with ThreadPoolExecutor(2, "zoact-step") as self._threads:
+            try:
+                return super().run()
+            finally:
+                # What is still asked for can be asked for again: an update is applied once.
+                wait([answer for _, answer in self._calls.values()])
+                self._calls.clear()
+
+    def _step(self) -> StepRecord:
+        started = time.perf_counter()
+        step = self.step
+        self._begin(step, self._earlier)
+        if self.version is not None and step + 1 < self.steps:
+            self._begin(step + 1, self._pending)
+        ask, answer = self._calls[step]
+        losses = answer.result()
+        del self._calls[step]
+        self._check_finite(ask, losses)
+        estimate = self.estimator.tell(losses)
+        learning_rate = self.schedule(step)
+        newest = losses.version + (step > 0)
+        update = self.optimizer.step(estimate, learning_rate, newest)
+        self._earlier, self._pending = self._pending, replace(update, key=f"{self._run}-{step}")
+        self.version = newest + 1
+        self.step += 1
+        return StepRecord(
+            step=step,
+            version=losses.version,
+            loss=estimate.loss,
+            terms=estimate.terms,
+            learning_rate=learning_rate,
+            epsilon=ask.probes[0].epsilon if ask.probes else None,
+            tokens=losses.tokens,
+            seconds=time.perf_counter() - started,
+            server_seconds=losses.timing.total_s,
+        )
+
+    def flush(self) -> None:
+        """Send the updates that wait for later steps, after the calls under way, one of which may carry the first."""
+        wait([answer for _, answer in self._calls.values()])
+        if self._earlier is not None:
+            self.adapter.update(self._earlier)
+            self._earlier = None
+        super().flush()
+
+    def state_dict(self) -> Json:
+        """See :meth:`Trainer.state_dict`."""
+        return super().state_dict() | {"earlier": None if self._earlier is None else self._earlier.to_json()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Trainer.load_state_dict`.
+
+        Raises:
+            InvalidValue: also if the state is of a plain trainer.
+
+        """
+        if "earlier" not in state:
+            raise InvalidValue("earlier", "is missing in the saved state, which is not of a pipelined run")
+        super().load_state_dict(state)
+        self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
+
+    def _seeds(self, step: int) -> Draw:
+        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, step)))
+        return lambda: int(words.random_raw())
+
+    def _begin(self, step: int, update: Update | None) -> None:
+        """Ask for a step's losses, unless that has been done: those of the version before the one that is due."""
+        if step in self._calls:
+            return
+        ask = self.estimator.ask(self._seeds(step))
+        version = None if self.version is None else self.version + (step - self.step) - (step > 0)
+        rows = self.batch(step)
+        before = self._calls.get(step - 1)
+
+        def send() -> Losses:
+            return self.adapter.losses(rows, ask.probes, base=ask.base, version=version, update=update)
+
+        def call() -> Losses:
+            try:
+                return send()
+            except StaleVersion as stale:
+                overtook = update is not None and (stale.current_version or 0) < update.base_version
+                if before is None or not overtook:
+                    raise
+            # It was faster than the call before it, whose update its own builds on.
+            wait([before[1]])
+            return send()
+
+        self._calls[step] = ask, self._threads.submit(call)

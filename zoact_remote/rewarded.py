@@ -1,0 +1,249 @@
+"""Training for a reward: text is generated under probes, and a Python function says what it is worth.
+
+No gradient of the reward is needed and none of the sampling: a zeroth-order estimate asks only for the mean reward of
+the text that C + eps Z writes, and that of C - eps Z (evolution strategies; Salimans et al., arXiv 1703.03864). So an
+adapter with a reward is trained as an adapter with losses is, by the same estimators, optimisers and trainer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from zoact_remote.errors import InvalidValue
+from zoact_remote.evaluation import Progress, renamed
+from zoact_remote.threads import side_by_side
+from zoact_remote.wire import Generation, Losses, Probe, ProbeLoss, Row, RowScore, Scores, Side, Update, UpdateResult
+
+Reward: TypeAlias = Callable[[Row, str], float]
+"""What a text is worth as the answer to a row: the more, the better. It is called from several threads at once."""
+
+
+class Versioned(Protocol):
+    """What is known of an adapter."""
+
+    @property
+    def version(self) -> int:
+        """The newest one."""
+        ...
+
+
+class Writer(Protocol):
+    """What can be trained for a reward; an :class:`~zoact_remote.adapter.Adapter` is one."""
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        version: int | None = None,
+        probe: Side | None = None,
+    ) -> Generation:
+        """Text from a version, or from a perturbation of it."""
+        ...
+
+    def refresh(self) -> Versioned:
+        """Ask for the newest version."""
+        ...
+
+    def update(self, update: Update) -> UpdateResult:
+        """Apply an update."""
+        ...
+
+    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+        """Return to a version, as a new one."""
+        ...
+
+
+@dataclass(frozen=True)
+class RewardEvaluation:
+    """What a version writes, and what it is worth.
+
+    Attributes:
+        version: the version evaluated.
+        reward: mean over the rows.
+        rewards: row by row.
+        texts: row by row.
+        tokens: tokens generated.
+
+    """
+
+    version: int
+    reward: float
+    rewards: tuple[float, ...]
+    texts: tuple[str, ...]
+    tokens: int
+
+
+class Rewarded:
+    """An adapter whose loss is minus the mean reward of the text that it writes.
+
+    :class:`~zoact_remote.Trainer` takes it in the adapter's place. Rows are prompts or conversations, of which the
+    assistant's last turn, if they end with it, is not shown to the model; whatever else they hold, such as references,
+    is for the reward, and stays here. With rows to evaluate on, an :class:`~zoact_remote.Evaluation`'s ``loss`` is
+    minus the mean reward, and its other figures are None.
+
+    A step is two round trips: the update, then all texts, side by side. Counts of tokens are of those generated.
+
+    Args:
+        adapter: what to train.
+        reward: what a text is worth.
+        max_tokens: most tokens of a text.
+        temperature: 0 takes the likeliest token each time. Above it, a row is sampled with the same random numbers on
+            all sides of a step's probes, so that their rewards differ by the coefficients and not by chance.
+        seed: of the sampling; at least 0. The random numbers of a row follow from it, the version and the row's place.
+        stop: texts are cut off before it.
+
+    """
+
+    def __init__(
+        self,
+        adapter: Writer,
+        reward: Reward,
+        *,
+        max_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop: str | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.reward = reward
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.seed = seed
+        self.stop = stop
+
+    def losses(
+        self,
+        rows: Sequence[Row],
+        probes: Sequence[Probe],
+        *,
+        base: bool = False,
+        version: int | None = None,
+        update: Update | None = None,
+    ) -> Losses:
+        """Minus the mean rewards of a batch under probes. As :meth:`Adapter.losses`, with the update as a call before.
+
+        Raises:
+            InvalidValue: there are no rows, or neither probes nor ``base``; ``version`` is not the one that the update
+                leads to; a reward is not finite.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+
+        """
+        sides: list[Side | None] = [
+            Side(probe.seed, probe.epsilon, sign)
+            for probe in probes
+            for sign in ((1, -1) if probe.sides == "both" else (1,))
+        ]
+        if base:
+            sides.append(None)
+        if not sides:
+            raise InvalidValue("probes", "must not be empty unless base is true")
+        result = None
+        if update is not None:
+            if version not in (None, update.base_version + 1):
+                raise InvalidValue("version", f"must be {update.base_version + 1}, to which the carried update leads")
+            result = self.adapter.update(update)
+            version = result.version
+        judged = self._judge(rows, sides, version)
+        means = iter([-each.reward for each in judged])
+        losses = tuple(
+            ProbeLoss(probe.seed, probe.epsilon, next(means), next(means) if probe.sides == "both" else None)
+            for probe in probes
+        )
+        tokens = sum(each.tokens for each in judged)
+        return Losses(judged[0].version, losses, next(means) if base else None, tokens, result)
+
+    def evaluate(
+        self, rows: Sequence[Row], *, version: int | None = None, progress: Progress | None = None
+    ) -> RewardEvaluation:
+        """What a version writes to rows of any number, and what it is worth.
+
+        Args:
+            rows: at least one.
+            version: None for the newest; 0 is the base model.
+            progress: called after each text with the texts done and the texts in all.
+
+        Raises:
+            InvalidValue: there are no rows, or a reward is not finite.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+
+        """
+        (found,) = self._judge(rows, [None], version, progress)
+        return found
+
+    def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
+        """Minus each row's reward as its loss; there are no likelihoods."""
+        found = self.evaluate(rows, version=version)
+        scores = tuple(RowScore((), (), -reward) for reward in found.rewards)
+        return Scores(found.version, scores, -found.reward, found.tokens)
+
+    def refresh(self) -> Versioned:
+        """Ask about the adapter."""
+        return self.adapter.refresh()
+
+    def update(self, update: Update) -> UpdateResult:
+        """Apply an update to the adapter."""
+        return self.adapter.update(update)
+
+    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+        """Return the adapter to a version."""
+        return self.adapter.rollback(version, base_version=base_version)
+
+    def _judge(
+        self, rows: Sequence[Row], sides: Sequence[Side | None], version: int | None, progress: Progress | None = None
+    ) -> list[RewardEvaluation]:
+        """By side: what it writes to the rows, and what that is worth."""
+        if not rows:
+            raise InvalidValue("rows", "at least one row is needed")
+        at = self.adapter.refresh().version if version is None else version
+
+        def write(place: tuple[Side | None, int]) -> tuple[str, float, int]:
+            side, i = place
+            with renamed(f"rows[{i}].{{}}".format):
+                written = self.adapter.generate(
+                    **_question(rows[i]),
+                    max_tokens=self.max_tokens,
+                    temperature=self.temperature,
+                    seed=self._sampling_seed(at, i) if self.temperature else None,
+                    version=at,
+                    probe=side,
+                )
+            text = written.text.partition(self.stop)[0] if self.stop else written.text
+            reward = float(self.reward(rows[i], text))
+            if not math.isfinite(reward):
+                raise InvalidValue("reward", f"must be finite, got {reward} for rows[{i}] and {text!r}")
+            return text, reward, len(written.token_ids)
+
+        written = []
+        for each in side_by_side(write, [(side, i) for side in sides for i in range(len(rows))]):
+            written.append(each)
+            if progress is not None:
+                progress(len(written), len(sides) * len(rows))
+        parts = [written[i : i + len(rows)] for i in range(0, len(written), len(rows))]
+        return [_evaluation(at, part) for part in parts]
+
+    def _sampling_seed(self, version: int, row: int) -> int:
+        """The seed, of 63 bits, that a row is sampled with at a version and around it."""
+        stream = np.random.SeedSequence(self.seed, spawn_key=(version, row))
+        return int(stream.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _evaluation(version: int, written: Sequence[tuple[str, float, int]]) -> RewardEvaluation:
+    texts, rewards, tokens = zip(*written, strict=True)
+    return RewardEvaluation(version, math.fsum(rewards) / len(rewards), rewards, texts, sum(tokens))
+
+
+def _question(row: Row) -> dict[str, Any]:
+    """What the model is shown of a row."""
+    if "messages" not in row:
+        return {"prompt": row["prompt"]}
+    messages = row["messages"]
+    return {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
