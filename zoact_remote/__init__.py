@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zoact_remote.audit import Audit
     from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
+    from zoact_remote.early_stopping import EarlyStopping
     from zoact_remote.epsilon import EpsilonChoice, choose_epsilon
     from zoact_remote.errors import (
         AuthenticationError,
@@ -40,11 +41,13 @@ if TYPE_CHECKING:
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
+    from zoact_remote.guard import Guard
+    from zoact_remote.history import History, StepRecord
     from zoact_remote.learning_rate import RangeTest, find_learning_rate
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
     from zoact_remote.schedules import constant, cosine, linear
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
-    from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
+    from zoact_remote.training import Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
         Basis,
@@ -64,6 +67,7 @@ _NAMES = {
     "audit": ("Audit",),
     "callbacks": ("Callback",),
     "client": ("Client",),
+    "early_stopping": ("EarlyStopping",),
     "epsilon": ("EpsilonChoice", "choose_epsilon"),
     "errors": (
         "AuthenticationError",
@@ -81,11 +85,13 @@ _NAMES = {
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
+    "guard": ("Guard",),
+    "history": ("History", "StepRecord"),
     "learning_rate": ("RangeTest", "find_learning_rate"),
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
     "schedules": ("constant", "cosine", "linear"),
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
-    "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
+    "training": ("Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
         "Basis",
@@ -117,6 +123,7 @@ __all__ = [
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EarlyStopping",
     "EpsilonChoice",
     "Estimate",
     "Estimator",
@@ -124,6 +131,7 @@ __all__ = [
     "Example",
     "ForwardDifference",
     "GaussianAdam",
+    "Guard",
     "History",
     "Inconclusive",
     "Info",

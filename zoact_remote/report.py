@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
-    from zoact_remote.training import History
+    from zoact_remote.history import History
 
 Point: TypeAlias = tuple[float, float]
 Results: TypeAlias = Mapping[str, Mapping[str, Any]]

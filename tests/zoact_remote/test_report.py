@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from zoact_remote.evaluation import Evaluation
+from zoact_remote.history import History, StepRecord
 from zoact_remote.report import MOST_POINTS, _ticks, accuracy_text, loss_text, running_mean, write_report
-from zoact_remote.training import History, StepRecord
 
 RESULTS = {
     "zero-shot": {"accuracy": 0.5, "loss": 1.25, "rows": 100},

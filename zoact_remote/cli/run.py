@@ -20,8 +20,9 @@ from zoact_remote.cli.settings import TrainingSettings
 from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation, calibrated, evaluate
 from zoact_remote.files import write_atomically
+from zoact_remote.history import History
 from zoact_remote.report import write_report
-from zoact_remote.training import History, Trainer, rows_digest
+from zoact_remote.training import Trainer, rows_digest
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter

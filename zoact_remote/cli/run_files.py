@@ -25,7 +25,8 @@ from zoact_remote.callbacks import Callback
 from zoact_remote.errors import InvalidValue
 from zoact_remote.evaluation import Evaluation
 from zoact_remote.files import write_atomically
-from zoact_remote.training import StepRecord, Trainer
+from zoact_remote.history import StepRecord
+from zoact_remote.training import Trainer
 
 if TYPE_CHECKING:
     from zoact_remote.wire import AdapterInfo, Json
