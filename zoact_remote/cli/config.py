@@ -1,7 +1,7 @@
 """A run as one TOML file.
 
-Sections are ``data``, ``task``, ``adapter``, ``method``, ``evaluation`` and ``output``. A task is written as in a task's
-file, or is a ``name``: that of such a file, or of a built-in task.
+Sections are ``data``, ``task``, ``adapter``, ``method``, ``evaluation`` and ``output``. A task is written as in a file
+for ``--task``, or is a ``name``: that of such a file, or of a built-in task.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 TASK = "task"
 SECTIONS = {
     "data": "Records: a file (.jsonl, .csv, .tsv or .parquet), or a data set on the hub, such as ag_news@test.",
-    TASK: 'What records mean: a built-in task or a file (name = "sst2"), or a task\'s own settings. If there is nothing '
-    "here, records of text and label, of messages, or of prompt and completion are taken as they are.",
+    TASK: "What records mean: a built-in task or a file, by its name, or a task's own settings. If nothing is here, "
+    "records of text and label, of messages, or of prompt and completion are taken as they are.",
     "adapter": "What is trained.",
     "method": "How it is trained.",
     "evaluation": "How held-out rows are used.",
@@ -61,18 +61,15 @@ class RunConfig:
         """The run with other values of some fields, its own and its settings'; None stands for no other value."""
         given = {name: value for name, value in values.items() if value is not None}
         own = {name: given.pop(name) for name in list(given) if name in _names(RunConfig)}
-        if "estimator" in given or "optimizer" in given:
-            # What followed from the old ones is worked out anew.
-            given = {"probes": None, "weight_decay": None} | given
         return replace(self, **own, settings=replace(self.settings, **given))
 
     def resolved(self, task: Task) -> RunConfig:
-        """The run with its task in full, and with files by paths that hold from any directory."""
+        """The run with its task and settings in full, and with files by paths that hold from any directory."""
         paths = [
             str(Path(path).resolve()) if path is not None and Path(path).is_file() else path
             for path in (self.data, self.eval_data)
         ]
-        return replace(self, data=paths[0], eval_data=paths[1], task=task.to_dict())
+        return replace(self, data=paths[0], eval_data=paths[1], task=task.to_dict(), settings=self.settings.resolved())
 
 
 def load(path: str | os.PathLike[str]) -> RunConfig:

@@ -85,6 +85,8 @@ def train_adapter(
         resume: go on with the run in the directory, which was killed or failed; start it if there is none.
 
     """
+    settings = settings.resolved()
+    settings.check()
     if not rows:
         raise CommandFailed("there are no rows to train on")
     if not (go_on or (resume and (directory / CHECKPOINT).is_file())):

@@ -101,12 +101,13 @@ class TrainingSettings:
         "then a little too good.",
     )
 
-    def __post_init__(self) -> None:
-        # What follows from another setting is written down, so that a run's record says in full what it does.
-        if self.probes is None:
-            object.__setattr__(self, "probes", PROBES[self.estimator])
-        if self.weight_decay is None:
-            object.__setattr__(self, "weight_decay", WEIGHT_DECAY.get(self.optimizer, 0.0))
+    def resolved(self) -> TrainingSettings:
+        """These settings with what follows from others written down, so that they say in full what the run does."""
+        return replace(
+            self,
+            probes=PROBES[self.estimator] if self.probes is None else self.probes,
+            weight_decay=WEIGHT_DECAY.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay,
+        )
 
     def check(self) -> None:
         """Raise InvalidValue for settings that do not fit each other."""
@@ -150,17 +151,19 @@ class TrainingSettings:
             "fzoo": FZOO,
         }
         assert not isinstance(self.epsilon, str)
-        assert self.probes is not None
-        return kinds[self.estimator](epsilon=self.epsilon, probes=self.probes)
+        probes = self.resolved().probes
+        assert probes is not None
+        return kinds[self.estimator](epsilon=self.epsilon, probes=probes)
 
     def make_optimizer(self) -> Optimizer:
         from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam
 
-        assert self.weight_decay is not None
+        weight_decay = self.resolved().weight_decay
+        assert weight_decay is not None
         if self.optimizer == "sgd":
-            return SGD(momentum=self.momentum, weight_decay=self.weight_decay)
+            return SGD(momentum=self.momentum, weight_decay=weight_decay)
         kinds: dict[str, type[Adam | GaussianAdam]] = {"adam": Adam, "adamw": AdamW, "gaussian-adam": GaussianAdam}
-        return kinds[self.optimizer](weight_decay=self.weight_decay)
+        return kinds[self.optimizer](weight_decay=weight_decay)
 
     def make_schedule(self) -> Schedule:
         """The schedule; ``learning_rate`` must be a number."""

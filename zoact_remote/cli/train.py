@@ -9,8 +9,9 @@ import typer
 
 from zoact_remote.cli import options
 from zoact_remote.cli.config import RunConfig
-from zoact_remote.cli.output import CommandFailed, reporting, results_table
+from zoact_remote.cli.output import CommandFailed, Output, reporting, results_table
 from zoact_remote.cli.settings import (
+    DEFAULTS,
     EstimatorName,
     LoggerName,
     OptimizerName,
@@ -19,23 +20,22 @@ from zoact_remote.cli.settings import (
     TrainingSettings,
 )
 
+_FIELDS = RunConfig.__dataclass_fields__ | TrainingSettings.__dataclass_fields__
 _PANELS = {"data": "Data", "adapter": "Method", "method": "Method", "evaluation": "Evaluation", "output": "Output"}
 
 
 def _option(name: str, *flags: str, **changes: Any) -> Any:
-    """An option for a field of the configuration: none given, the field's default or the file's value stands."""
-    found = (RunConfig.__dataclass_fields__ | TrainingSettings.__dataclass_fields__)[name]
-    about, default = found.metadata, found.default
-    told: dict[str, Any] = {"min": about["least"], "max": about["most"], "show_default": False}
-    if isinstance(default, (int, float, str)):
-        told["show_default"] = str(default)
-    return typer.Option(*flags, help=about["text"], rich_help_panel=_PANELS[about["section"]], **told | changes)
+    """An option for a field of the configuration."""
+    about = _FIELDS[name].metadata
+    limits = {"min": about["least"], "max": about["most"]}
+    return typer.Option(*flags, help=about["text"], rich_help_panel=_PANELS[about["section"]], **limits | changes)
 
 
 _NUMBER_OR_AUTO: dict[str, Any] = {"metavar": "NUMBER|auto"}
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         str | None,
         typer.Argument(
@@ -62,31 +62,29 @@ def train(
     text_field: options.TextField = None,
     label_field: options.LabelField = None,
     eval_data: Annotated[str | None, _option("eval_data", "--eval", metavar="FILE|NAME")] = None,
-    hold_out: Annotated[float | None, _option("hold_out")] = None,
-    rank: Annotated[int | None, _option("rank")] = None,
-    positions: Annotated[PositionsName | None, _option("positions")] = None,
-    calibration_rows: Annotated[int | None, _option("calibration_rows")] = None,
-    steps: Annotated[int | None, _option("steps")] = None,
-    batch_size: Annotated[int | None, _option("batch_size")] = None,
-    estimator: Annotated[EstimatorName | None, _option("estimator")] = None,
+    hold_out: Annotated[float, _option("hold_out")] = RunConfig.hold_out,
+    rank: Annotated[int, _option("rank")] = DEFAULTS.rank,
+    positions: Annotated[PositionsName, _option("positions")] = DEFAULTS.positions,
+    calibration_rows: Annotated[int, _option("calibration_rows")] = DEFAULTS.calibration_rows,
+    steps: Annotated[int, _option("steps")] = DEFAULTS.steps,
+    batch_size: Annotated[int, _option("batch_size")] = DEFAULTS.batch_size,
+    estimator: Annotated[EstimatorName, _option("estimator")] = DEFAULTS.estimator,
     probes: Annotated[int | None, _option("probes")] = None,
-    epsilon: Annotated[str | None, _option("epsilon", **_NUMBER_OR_AUTO)] = None,
-    optimizer: Annotated[OptimizerName | None, _option("optimizer")] = None,
-    momentum: Annotated[float | None, _option("momentum")] = None,
+    epsilon: Annotated[str, _option("epsilon", **_NUMBER_OR_AUTO)] = str(DEFAULTS.epsilon),
+    optimizer: Annotated[OptimizerName, _option("optimizer")] = DEFAULTS.optimizer,
+    momentum: Annotated[float, _option("momentum")] = DEFAULTS.momentum,
     weight_decay: Annotated[float | None, _option("weight_decay")] = None,
-    learning_rate: Annotated[str | None, _option("learning_rate", **_NUMBER_OR_AUTO)] = None,
-    schedule: Annotated[ScheduleName | None, _option("schedule")] = None,
-    warmup: Annotated[int | None, _option("warmup")] = None,
-    guard: Annotated[bool | None, _option("guard", "--guard/--no-guard", show_default="guard")] = None,
-    seed: Annotated[int | None, _option("seed")] = None,
+    learning_rate: Annotated[str, _option("learning_rate", **_NUMBER_OR_AUTO)] = str(DEFAULTS.learning_rate),
+    schedule: Annotated[ScheduleName, _option("schedule")] = DEFAULTS.schedule,
+    warmup: Annotated[int, _option("warmup")] = DEFAULTS.warmup,
+    guard: Annotated[bool, _option("guard", "--guard/--no-guard")] = DEFAULTS.guard,
+    seed: Annotated[int, _option("seed")] = DEFAULTS.seed,
     eval_every: Annotated[int | None, _option("eval_every")] = None,
-    eval_rows: Annotated[int | None, _option("eval_rows")] = None,
+    eval_rows: Annotated[int, _option("eval_rows")] = DEFAULTS.eval_rows,
     patience: Annotated[int | None, _option("patience")] = None,
-    min_delta: Annotated[float | None, _option("min_delta")] = None,
-    keep_best: Annotated[bool | None, _option("keep_best", "--keep-best/--keep-last", show_default="keep-last")] = None,
-    go_on: Annotated[
-        bool | None, typer.Option("--continue", help="Train an adapter that has been trained before.")
-    ] = None,
+    min_delta: Annotated[float, _option("min_delta")] = DEFAULTS.min_delta,
+    keep_best: Annotated[bool, _option("keep_best", "--keep-best")] = DEFAULTS.keep_best,
+    go_on: Annotated[bool, typer.Option("--continue", help="Train an adapter that has been trained before.")] = False,
     resume: Annotated[
         bool,
         typer.Option(
@@ -110,22 +108,24 @@ def train(
 
     zoact train runs/acme-films --resume
     """
-    given = {name: value for name, value in locals().items() if name in _FIELDS}
+    given = {name: value for name, value in locals().items() if name in _FIELDS and _is_given(context, name)}
+    given.pop("task", None)  # made of several options
     with reporting(as_json) as output:
         from zoact_remote.cli.config import dumps, load
         from zoact_remote.cli.data import task_table
         from zoact_remote.cli.run_files import CONFIG
 
-        for name in ("epsilon", "learning_rate"):
-            given[name] = _number_or_auto(name, given[name])
+        given |= {name: _number_or_auto(name, given[name]) for name in ("epsilon", "learning_rate") if name in given}
         given["log_to"] = tuple(log_to) if log_to else None
         if resume and data is not None and Path(data).is_dir():
             if config is not None:
                 raise CommandFailed(f"{data} has its own {CONFIG}: leave out --config")
-            config, given["data"], given["out"] = Path(data, CONFIG), None, data
+            config = Path(data, CONFIG)
+            given |= {"data": None, "out": data}
         run = (load(config) if config is not None else RunConfig()).changed(given)
         table = task_table(task, template, label, completion, text_field, label_field)
         replaced = table.keys() - {"text_field", "label_field"}
+        # The parts of a task belong together: options for them take the place of the file's task.
         run = run.changed({"task": table if replaced else {**run.task, **table}})
         if print_config:
             print(dumps(run), end="")
@@ -133,10 +133,7 @@ def train(
         _train(run, api_key, output, resume=resume)
 
 
-_FIELDS = {*RunConfig.__dataclass_fields__, *TrainingSettings.__dataclass_fields__} - {"task", "settings"}
-
-
-def _train(config: RunConfig, api_key: str | None, output: Any, *, resume: bool) -> None:
+def _train(config: RunConfig, api_key: str | None, output: Output, *, resume: bool) -> None:
     from zoact_remote.cli.data import split, task_of
     from zoact_remote.cli.run import train_adapter
     from zoact_remote.tasks import load_records
@@ -174,8 +171,14 @@ def _train(config: RunConfig, api_key: str | None, output: Any, *, resume: bool)
     )
 
 
-def _number_or_auto(name: str, text: str | None) -> float | str | None:
-    if text is None or text == "auto":
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line, or in the environment."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _number_or_auto(name: str, text: str) -> float | str:
+    if text == "auto":
         return text
     try:
         return float(text)
