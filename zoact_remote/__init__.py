@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zoact_remote.audit import Audit
     from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
+    from zoact_remote.early_stopping import EarlyStopping
     from zoact_remote.epsilon import EpsilonChoice, choose_epsilon
     from zoact_remote.errors import (
         AuthenticationError,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
     from zoact_remote.evaluation import Evaluation, evaluate, evaluate_task
+    from zoact_remote.guard import Guard
+    from zoact_remote.history import History, StepRecord
     from zoact_remote.learning_rate import RangeTest, find_learning_rate
     from zoact_remote.notebook import LiveCurve
     from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam, Optimizer
@@ -49,7 +52,7 @@ if TYPE_CHECKING:
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.tenants import Tenant
     from zoact_remote.together import train_together
-    from zoact_remote.training import History, StepRecord, Trainer, TrainingDiverged
+    from zoact_remote.training import Trainer, TrainingDiverged
     from zoact_remote.wire import (
         AdapterInfo,
         Basis,
@@ -69,6 +72,7 @@ _NAMES = {
     "audit": ("Audit",),
     "callbacks": ("Callback",),
     "client": ("Client",),
+    "early_stopping": ("EarlyStopping",),
     "epsilon": ("EpsilonChoice", "choose_epsilon"),
     "errors": (
         "AuthenticationError",
@@ -86,6 +90,8 @@ _NAMES = {
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
     "evaluation": ("Evaluation", "evaluate", "evaluate_task"),
+    "guard": ("Guard",),
+    "history": ("History", "StepRecord"),
     "learning_rate": ("RangeTest", "find_learning_rate"),
     "notebook": ("LiveCurve",),
     "optimizers": ("Adam", "AdamW", "GaussianAdam", "Optimizer", "SGD"),
@@ -95,7 +101,7 @@ _NAMES = {
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "tenants": ("Tenant",),
     "together": ("train_together",),
-    "training": ("History", "StepRecord", "Trainer", "TrainingDiverged"),
+    "training": ("Trainer", "TrainingDiverged"),
     "wire": (
         "AdapterInfo",
         "Basis",
@@ -127,6 +133,7 @@ __all__ = [
     "Client",
     "Conflict",
     "ConnectionFailed",
+    "EarlyStopping",
     "EpsilonChoice",
     "Estimate",
     "Estimator",
@@ -134,6 +141,7 @@ __all__ = [
     "Example",
     "ForwardDifference",
     "GaussianAdam",
+    "Guard",
     "History",
     "Inconclusive",
     "Info",

@@ -159,7 +159,7 @@ class Adapter:
         body = _keyed(update).to_json()
         return self._transport.call("POST", f"{self._path}/updates", UpdateResult.from_json, json=body, repeatable=True)
 
-    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return to a version: make a new one whose coefficients are those of an earlier one, bit for bit.
 
         It stands in the journal as an entry of its own, and can itself be rolled back. It is done once, however often
@@ -168,6 +168,7 @@ class Adapter:
         Args:
             version: the one to return to; 0 is the base model.
             base_version: the newest version as the caller knows it; None to ask the server.
+            key: names the rollback, so that a caller that starts anew can send it again; None for a new one.
 
         Raises:
             NotFound: there is no such version.
@@ -176,7 +177,7 @@ class Adapter:
         """
         if base_version is None:
             base_version = self.refresh().version
-        body = {"base_version": base_version, "to_version": version, "key": uuid.uuid4().hex}
+        body = {"base_version": base_version, "to_version": version, "key": key or uuid.uuid4().hex}
         return self._transport.call(
             "POST", f"{self._path}/rollback", UpdateResult.from_json, json=body, repeatable=True
         )

@@ -11,24 +11,55 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-if TYPE_CHECKING:
-    from zoact_remote.training import History
+from zoact_remote.charts import Curve, Point, chart
 
-Point: TypeAlias = tuple[float, float]
+if TYPE_CHECKING:
+    from zoact_remote.evaluation import Evaluation
+    from zoact_remote.history import History, StepRecord
+    from zoact_remote.wire import Row
+
 Results: TypeAlias = Mapping[str, Mapping[str, Any]]
 """What was reached, by name, in the order shown: ``{"tuned": {"accuracy": 0.9, "loss": 0.3, "rows": 120}}``."""
 
 MEAN_OVER = 20
 """Steps that a running mean is taken over."""
-MOST_POINTS = 800
-"""Points that a curve is drawn with: more cannot be told apart, and make the file large."""
+MOST_CHANGES = 50
+"""Changed answers that are shown."""
 NONE = "-"
 """Shown for a figure that there is none of."""
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 34
+
+
+@dataclass(frozen=True)
+class Change:
+    """A held-out row whose likeliest choice changed.
+
+    Attributes:
+        prompt: of the row.
+        right: the choice that is.
+        before: the choice before the training.
+        after: the choice after it.
+
+    """
+
+    prompt: str
+    right: str
+    before: str
+    after: str
+
+
+def changed_answers(rows: Sequence[Row], before: Evaluation | None, after: Evaluation | None) -> list[Change]:
+    """The rows of choices whose likeliest one differs between two evaluations; none if one was not made."""
+    if before is None or after is None:
+        return []
+    return [
+        Change(str(row["prompt"]), *(str(row["choices"][i]) for i in (row["answer"], old, new)))
+        for row, old, new in zip(rows, before.predictions, after.predictions, strict=True)
+        if old is not None and new is not None and old != new
+    ]
 
 
 def write_report(
@@ -38,6 +69,7 @@ def write_report(
     settings: Mapping[str, object],
     history: History,
     results: Results,
+    changes: Sequence[Change] = (),
 ) -> Path:
     """Write the report of a run.
 
@@ -48,6 +80,7 @@ def write_report(
         history: the run. Without evaluations their curves are left out.
         results: name to ``accuracy``, ``loss`` (in nats) and ``rows``, each of which may be None or missing. The first
             is what the others are compared with.
+        changes: rows whose answer changed; the first of them are shown.
 
     Returns:
         The file.
@@ -55,7 +88,7 @@ def write_report(
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(_page(title, settings, history, results), encoding="utf-8")
+    file.write_text(_page(title, settings, history, results, changes), encoding="utf-8")
     return file
 
 
@@ -84,7 +117,9 @@ def loss_text(result: Mapping[str, Any]) -> str:
 # The page ------------------------------------------------------------------------------------------------------------
 
 
-def _page(title: str, settings: Mapping[str, object], history: History, results: Results) -> str:
+def _page(
+    title: str, settings: Mapping[str, object], history: History, results: Results, changes: Sequence[Change]
+) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -114,6 +149,8 @@ def _page(title: str, settings: Mapping[str, object], history: History, results:
 {_settings_table(settings)}
 </div>
 </section>
+{_returns(history)}
+{_changes(changes)}
 <footer class="quiet">Accuracies are given with their standard error; losses are in nats, means over rows.</footer>
 </main>
 </body>
@@ -180,35 +217,73 @@ def _setting(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _returns(history: History) -> str:
+    """Where the run went back to an earlier version."""
+    rates = [record.learning_rate for record in history.steps[1:]]
+    rows = [
+        (f"{record.step:,}", f"{record.version:,}", f"{record.returned_to:,}", NONE if rate is None else f"{rate:.3g}")
+        for record, rate in zip_longest(history.steps, rates)
+        if record.returned_to is not None
+    ]
+    if history.kept is not None:
+        rows.append(("end", NONE, f"{history.kept:,}", NONE))
+    heads = ("step", "from version", "to the coefficients of version", "learning rate after it")
+    return _panel("Returns to earlier versions", _table(heads, rows)) if rows else ""
+
+
+def _changes(changes: Sequence[Change]) -> str:
+    if not changes:
+        return ""
+    righted = sum(change.after == change.right for change in changes)
+    wronged = sum(change.before == change.right for change in changes)
+    shown = f"; the first {MOST_CHANGES} are shown" if len(changes) > MOST_CHANGES else ""
+    note = f"{len(changes):,} held-out rows: {righted:,} became right, {wronged:,} wrong{shown}."
+    rows = [(change.prompt, change.right, change.before, change.after) for change in changes[:MOST_CHANGES]]
+    table = _table(("prompt", "right", "before", "after"), rows)
+    return _panel("Changed answers", f'<p class="quiet">{note}</p>{table}', "texts")
+
+
+def _panel(title: str, content: str, kind: str = "") -> str:
+    return f'<section class="panel {kind}"><h2>{title}</h2>{content}</section>'
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of texts."""
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
 # Curves --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points joined by a line (``line``), joined and marked (``marks``), or scattered (``dots``)."""
-
-    points: Sequence[Point]
-    kind: str
-    label: str
 
 
 def _charts(history: History) -> Iterable[str]:
     steps = history.steps
     last = steps[-1].step + 1 if steps else 1
     if steps:
-        yield _chart("Training loss", _noisy([(r.step, r.loss) for r in steps], "a step's batch"), last)
+        events = [(r.step, f"step {r.step}: returned to version {r.returned_to}") for r in _returned(steps)]
+        losses = [(r.step, r.loss) for r in steps if math.isfinite(r.loss)]
+        yield chart("Training loss", _noisy(losses, "a step's batch"), last, events=events)
     evaluations = [] if history.baseline is None else [(0, history.baseline)]
     # An evaluation is of the version that its step made.
     evaluations += [(r.step + 1, r.evaluation) for r in steps if r.evaluation is not None]
     accuracy = [(step, e.accuracy) for step, e in evaluations if e.accuracy is not None]
     if accuracy:
-        yield _chart("Evaluation accuracy", [Curve(accuracy, "marks", "held-out rows")], last, percent=True)
+        yield chart("Evaluation accuracy", [Curve(accuracy, "marks", "held-out rows")], last, percent=True)
     if evaluations:
-        losses = [(step, e.loss) for step, e in evaluations]
-        yield _chart("Evaluation loss", [Curve(losses, "marks", "held-out rows")], last)
-    slopes = [(r.step, math.hypot(*(g for _, g in r.terms))) for r in steps]
+        held_out = [(step, e.loss) for step, e in evaluations]
+        yield chart("Evaluation loss", [Curve(held_out, "marks", "held-out rows")], last)
+    slopes = [(r.step, math.hypot(*(g for _, g in r.terms))) for r in steps if r.terms]
     if slopes:
-        yield _chart("Slope along the probe, |g|", _noisy(slopes, "a step"), last)
+        yield chart("Slope along the probe, |g|", _noisy(slopes, "a step"), last)
+        rates = [(r.step, r.learning_rate) for r in steps]
+        yield chart("Learning rate", [Curve(rates, "line", "of each update")], last)
+        tokens = list(zip((r.step for r in steps), accumulate(r.tokens for r in steps), strict=True))
+        yield chart("Tokens", [Curve(tokens, "line", "through the model so far")], last)
+
+
+def _returned(steps: Iterable[StepRecord]) -> list[StepRecord]:
+    return [record for record in steps if record.returned_to is not None]
 
 
 def _noisy(points: Sequence[Point], label: str) -> list[Curve]:
@@ -216,78 +291,6 @@ def _noisy(points: Sequence[Point], label: str) -> list[Curve]:
     smooth = running_mean([y for _, y in points])
     line = [(x, mean) for (x, _), mean in zip(points, smooth, strict=True)]
     return [Curve(points, "dots", label), Curve(line, "line", f"mean of {MEAN_OVER}")]
-
-
-def _chart(title: str, curves: Sequence[Curve], last: int, *, percent: bool = False) -> str:
-    """A figure over steps 0 to ``last``; nothing if no value is finite."""
-    thinned = [(curve, _thin([p for p in curve.points if all(map(math.isfinite, p))])) for curve in curves]
-    drawn = [(curve, points) for curve, points in thinned if points]
-    if not drawn:
-        return ""
-    ys = [y for _, points in drawn for _, y in points]
-    x_ticks = _ticks(0, last, whole=True)
-    y_ticks = _ticks(min(ys), max(ys))
-    bottom, top = y_ticks[0], y_ticks[-1]
-
-    def at(x: float, y: float) -> Point:
-        up = (y - bottom) / (top - bottom)
-        return LEFT + x / last * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
-
-    digits = max(0, -math.floor(math.log10(y_ticks[1] - y_ticks[0]) + 1e-9) - (2 if percent else 0))
-    parts = []
-    for tick in y_ticks:
-        _, y = at(0, tick)
-        text = f"{tick:.{digits}%}" if percent else f"{tick:.{digits}f}"
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    for tick in x_ticks:
-        x, _ = at(tick, bottom)
-        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - 12}" text-anchor="middle">{tick:,.0f}</text>')
-    for curve, points in drawn:
-        parts.append(_marks(curve, points, [at(*point) for point in points], percent))
-    legend = " ".join(f'<span class="key {c.kind}">{escape(c.label)}</span>' for c, _ in drawn)
-    return (
-        f'<figure class="panel"><figcaption><h2>{escape(title)}</h2><span class="quiet">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by step">{"".join(parts)}</svg>'
-        "</figure>"
-    )
-
-
-def _marks(curve: Curve, points: Sequence[Point], places: Sequence[Point], percent: bool) -> str:
-    parts = []
-    if curve.kind != "dots" and len(places) > 1:
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline class="line" points="{joined}"/>')
-    if curve.kind == "dots":
-        parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="1.8"/>' for x, y in places]
-    elif curve.kind == "marks" or len(places) == 1:
-        for (step, value), (x, y) in zip(points, places, strict=True):
-            text = f"{value:.1%}" if percent else f"{value:.4g}"
-            note = f"<title>step {step:,.0f}: {text}</title>"
-            parts.append(f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="3.5">{note}</circle>')
-    return "".join(parts)
-
-
-def _thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
-    """At most ``most`` of the points, evenly spaced, the first and last among them."""
-    if len(points) <= most:
-        return list(points)
-    return [points[round(i * (len(points) - 1) / (most - 1))] for i in range(most)]
-
-
-def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
-    """A few round numbers over a range: inside it for whole numbers, around it, two or more, for others."""
-    span = high - low
-    if span <= 0:
-        span = max(abs(low) * 0.1, 0.01)
-        low, high = low - span / 2, low + span / 2
-    raw = span / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    gap = next(power * step for step in (1, 2, 5, 10) if raw <= power * step * (1 + 1e-9))
-    if whole:
-        gap = max(1.0, gap)
-        return [gap * i for i in range(math.ceil(low / gap), math.floor(high / gap) + 1)]
-    return [gap * i for i in range(math.floor(low / gap + 1e-9), math.ceil(high / gap - 1e-9) + 1)]
 
 
 STYLE = """
@@ -318,6 +321,7 @@ figcaption { display: flex; justify-content: space-between; align-items: baselin
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--quiet); font-size: 12px; }
 .grid { stroke: var(--grid); stroke-width: 1; }
+.event { stroke: var(--text); stroke-width: 1; stroke-dasharray: 3 3; opacity: 0.6; }
 .line { fill: none; stroke: var(--accent); stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 .dot { fill: var(--dot); }
 .mark { fill: var(--panel); stroke: var(--accent); stroke-width: 2; }
@@ -331,4 +335,6 @@ th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var
 thead th { color: var(--quiet); font-size: 13px; }
 tbody tr:last-child > * { border-bottom: 0; }
 tbody th { white-space: nowrap; }
+.texts td { white-space: pre-wrap; }
+.texts td:first-child { width: 55%; }
 """

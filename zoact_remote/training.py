@@ -1,14 +1,16 @@
 """The training loop: one round trip a step.
 
 A step asks for the losses of a batch under probes and turns them into an update. The update travels with the *next*
-step's losses, so that a step is one call; the last one is sent by itself.
+step's losses, so that a step is one call; the last one is sent by itself. A callback may have a step return to an
+earlier version in place of its update, so that every step makes one version, whatever happens.
 
 Everything random follows from ``(seed, step)``: the batch of a step and the seeds of its probes are functions of the
 two and of nothing drawn before. So a run's state is small, a step that failed can be done again, and two runs with the
 same seed send the same calls.
 
-An update leaves only after the callbacks have seen the state that holds it, and its key follows from run and step. So
-a run that is killed at any moment and resumed from the last state kept sends no other update under a key that is used.
+An update, or a rollback, leaves only after the callbacks have seen the state that holds it, and its key follows from
+run and step. So a run that is killed at any moment and resumed from the last state kept sends nothing else under a key
+that is used.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -28,18 +30,19 @@ from numpy.typing import NDArray
 
 from zoact_remote.callbacks import AfterStep, Callback
 from zoact_remote.errors import InvalidValue
-from zoact_remote.estimators import Ask, Draw, Estimator
+from zoact_remote.estimators import Ask, Draw, Estimate, Estimator
 from zoact_remote.evaluation import Evaluation, Scorer, evaluate
+from zoact_remote.history import History, StepRecord
 from zoact_remote.optimizers import Optimizer
 from zoact_remote.schedules import Schedule, constant
-from zoact_remote.wire import Json, Losses, Probe, Row, Term, Update, UpdateResult
+from zoact_remote.wire import Json, Losses, Probe, Rollback, Row, Update, UpdateResult
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss is not finite. No update was made from it."""
+    """A loss is not finite, or stays far above where it was. No update was made from it."""
 
 
 class Trainable(Scorer, Protocol):
@@ -61,77 +64,9 @@ class Trainable(Scorer, Protocol):
         """Apply an update."""
         ...
 
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What a step did.
-
-    Attributes:
-        step: its number, from 0.
-        version: the version that it probed.
-        loss: the batch's loss, in nats.
-        terms: the gradient estimate, ``(seed, g)``.
-        learning_rate: of the update that it made.
-        epsilon: distance of its probes; None if it asked for none.
-        tokens: tokens that went through the model.
-        seconds: wall-clock time, without evaluations.
-        server_seconds: the server's share of it.
-        evaluation: of the version that it made, if it was evaluated.
-
-    """
-
-    step: int
-    version: int
-    loss: float
-    terms: tuple[Term, ...]
-    learning_rate: float
-    epsilon: float | None
-    tokens: int
-    seconds: float
-    server_seconds: float
-    evaluation: Evaluation | None = None
-
-    def to_json(self) -> Json:
-        """The record, fit for a line of JSON."""
-        evaluation = None if self.evaluation is None else self.evaluation.to_json()
-        return asdict(replace(self, evaluation=None)) | {"evaluation": evaluation}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> StepRecord:
-        """The record that :meth:`to_json` wrote, without its evaluation, of which that has figures alone."""
-        terms = tuple((int(seed), float(scalar)) for seed, scalar in data["terms"])
-        return cls(**{**data, "terms": terms, "evaluation": None})
-
-
-@dataclass
-class History:
-    """What a run did.
-
-    Attributes:
-        baseline: evaluation before the first step; None without evaluation rows, or for a run that was restored from
-            a state, which holds none of the past but the last step.
-        steps: one a step.
-        stopped: why a callback stopped the run; None if it did not.
-
-    """
-
-    baseline: Evaluation | None = None
-    steps: list[StepRecord] = field(default_factory=list)
-    stopped: str | None = None
-
-    @property
-    def evaluations(self) -> list[Evaluation]:
-        """All evaluations, the baseline first."""
-        found = [self.baseline, *(record.evaluation for record in self.steps)]
-        return [evaluation for evaluation in found if evaluation is not None]
-
-    def to_json(self) -> Json:
-        """The history, fit for JSON."""
-        return {
-            "baseline": None if self.baseline is None else self.baseline.to_json(),
-            "steps": [record.to_json() for record in self.steps],
-            "stopped": self.stopped,
-        }
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
+        """Make a new version with an earlier one's coefficients."""
+        ...
 
 
 class Trainer:
@@ -190,10 +125,14 @@ class Trainer:
         """Steps done."""
         self.version: int | None = None
         """The version that the next call expects, once a carried update is applied; None before the first."""
-        self._pending: Update | None = None
+        self.rate_scale = 1.0
+        """What the schedule's learning rates are multiplied by."""
+        self.run_id = uuid.uuid4().hex
+        """Names the run; a resumed one keeps it."""
+        self._pending: Update | Rollback | None = None
         self._unfinished = False
         """Whether the last step in the history still lacks its evaluation, if one is due, and its callbacks."""
-        self._run = uuid.uuid4().hex
+        self._fresh = optimizer.state_dict()
 
     def run(self) -> History:
         """Train until all steps are done or a callback stops the run.
@@ -201,7 +140,7 @@ class Trainer:
         May be called again after an error: it goes on where it failed.
 
         Raises:
-            TrainingDiverged: a loss is not finite; no update was made from it.
+            TrainingDiverged: a loss is not finite, and no callback made anything of it.
             ZoActError: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
                 the adapter.
 
@@ -222,6 +161,7 @@ class Trainer:
         self.flush()
         for callback in self._callbacks():
             callback.on_end(self, self.history)
+            self.flush()
         return self.history
 
     def _callbacks(self) -> Iterator[Callback]:
@@ -246,18 +186,23 @@ class Trainer:
 
     def _step(self) -> StepRecord:
         started = time.perf_counter()
+        if isinstance(self._pending, Rollback):  # losses carry updates alone
+            self.flush()
         ask = self.estimator.ask(self._draw())
-        losses = self.adapter.losses(
-            self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
-        )
-        self.version, self._pending = losses.version, None
-        self._check_finite(ask, losses)
-        estimate = self.estimator.tell(losses)
-        learning_rate = self.schedule(self.step)
-        update = self.optimizer.step(estimate, learning_rate, losses.version)
-        # A key that follows from run and step: a run resumed from an earlier state repeats its updates without effect.
-        self._pending = replace(update, key=f"{self._run}-{self.step}")
-        self.version += 1
+        losses = self._losses(ask)
+        problem = _not_finite(ask, losses)
+        estimate = self.estimator.tell(losses) if problem is None else Estimate((), math.nan)
+        for callback in self._callbacks():
+            callback.on_loss(self, estimate.loss)
+        learning_rate, returned_to = self.rate_scale * self.schedule(self.step), None
+        if isinstance(self._pending, Rollback):
+            learning_rate, returned_to = 0.0, self._pending.to_version
+        elif problem is not None:
+            raise TrainingDiverged(f"step {self.step}: {problem} {_ADVICE}")
+        else:
+            update = self.optimizer.step(estimate, learning_rate, losses.version)
+            self._pending = replace(update, key=self._key("update"))
+        self.version = losses.version + 1
         self.step += 1
         return StepRecord(
             step=self.step - 1,
@@ -269,13 +214,36 @@ class Trainer:
             tokens=losses.tokens,
             seconds=time.perf_counter() - started,
             server_seconds=losses.timing.total_s,
+            returned_to=returned_to,
         )
 
+    def _losses(self, ask: Ask) -> Losses:
+        """The losses of the step's batch; the update that waits for them goes along."""
+        assert not isinstance(self._pending, Rollback)
+        losses = self.adapter.losses(
+            self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
+        )
+        self.version, self._pending = losses.version, None
+        return losses
+
     def flush(self) -> None:
-        """Send the update that waits for the next step, if there is one."""
-        if self._pending is not None:
-            self.version = self.adapter.update(self._pending).version
-            self._pending = None
+        """Send the update or the rollback that waits for the next step, if there is one."""
+        match self._pending:
+            case Update():
+                self.version = self.adapter.update(self._pending).version
+            case Rollback(base_version, to_version, key):
+                self.version = self.adapter.rollback(to_version, base_version=base_version, key=key).version
+        self._pending = None
+
+    def return_to(self, version: int) -> None:
+        """Go back to an earlier version, with the optimiser as it was at the start.
+
+        For :meth:`Callback.on_loss`, where it takes the place of the step's update, and :meth:`Callback.on_end`.
+        """
+        if isinstance(self._pending, Update) or self.version is None:
+            raise RuntimeError("return_to may be called from on_loss and on_end alone")
+        self._pending = Rollback(self.version, version, self._key("rollback"))
+        self.optimizer.load_state_dict(self._fresh)
 
     def stop(self, reason: str) -> None:
         """End the run after this step; for callbacks."""
@@ -301,7 +269,7 @@ class Trainer:
         come.
         """
         return {
-            "run": self._run,
+            "run": self.run_id,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "rows": self._rows_digest,
@@ -309,6 +277,8 @@ class Trainer:
             "version": self.version,
             "pending": None if self._pending is None else self._pending.to_json(),
             "optimizer": self.optimizer.state_dict(),
+            "rate_scale": self.rate_scale,
+            "callbacks": {callback.kind: callback.state_dict() for callback in self._callbacks() if callback.kind},
             "unfinished": self.history.steps[-1].to_json() if self._unfinished else None,
         }
 
@@ -316,17 +286,23 @@ class Trainer:
         """Go on from a state, on the same data.
 
         Raises:
-            InvalidValue: the state belongs to a run with another seed, batch size, data or optimiser.
+            InvalidValue: the state belongs to a run with another seed, batch size, data, optimiser or callbacks.
 
         """
-        for name, value in (("seed", self.seed), ("batch_size", self.batch_size), ("rows", self._rows_digest)):
-            if state[name] != value:
-                raise InvalidValue(name, f"was {state[name]} in the saved state, is {value} here")
+        stateful = {callback.kind: callback for callback in self._callbacks() if callback.kind}
+        here = {"seed": self.seed, "batch_size": self.batch_size, "rows": self._rows_digest, "callbacks": [*stateful]}
+        for name, value in here.items():
+            was = list(state[name]) if name == "callbacks" else state[name]
+            if was != value:
+                raise InvalidValue(name, f"was {was} in the saved state, is {value} here")
         self.optimizer.load_state_dict(state["optimizer"])
-        self._run = state["run"]
+        for kind, callback in stateful.items():
+            callback.load_state_dict(state["callbacks"][kind])
+        self.run_id = state["run"]
+        self.rate_scale = state["rate_scale"]
         self.step = state["step"]
         self.version = state["version"]
-        self._pending = None if state["pending"] is None else Update.from_json(state["pending"])
+        self._pending = None if state["pending"] is None else _change(state["pending"])
         self._unfinished = state["unfinished"] is not None
         self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
 
@@ -343,13 +319,14 @@ class Trainer:
         due = self.step == self.steps or (self.eval_every is not None and self.step % self.eval_every == 0)
         return due and bool(self.eval_rows)
 
-    def _check_finite(self, ask: Ask, losses: Losses) -> None:
-        for place, loss in _losses_of(ask, losses):
-            if loss is None or not math.isfinite(loss):
-                raise TrainingDiverged(
-                    f"step {self.step}: the loss {place} is {loss}, at version {losses.version}. No update was made "
-                    "from it. A lower learning rate helps if training losses rose before; a smaller epsilon if not."
-                )
+    def _key(self, kind: str) -> str:
+        # A key that follows from run and step: a run resumed from an earlier state repeats itself without effect.
+        return f"{self.run_id}-{self.step}-{kind}"
+
+
+_ADVICE = (
+    "No update was made from it. A lower learning rate helps if training losses rose before; a smaller epsilon if not."
+)
 
 
 def rows_digest(rows: Iterable[Row]) -> str:
@@ -358,6 +335,18 @@ def rows_digest(rows: Iterable[Row]) -> str:
     for row in rows:
         sha.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
     return "sha256:" + sha.hexdigest()
+
+
+def _change(data: Mapping[str, Any]) -> Update | Rollback:
+    return Rollback(**data) if "to_version" in data else Update.from_json(data)
+
+
+def _not_finite(ask: Ask, losses: Losses) -> str | None:
+    """Says which of the losses asked for is not finite, if one is."""
+    for place, loss in _losses_of(ask, losses):
+        if loss is None or not math.isfinite(loss):
+            return f"the loss {place} is {loss}, at version {losses.version}."
+    return None
 
 
 def _losses_of(ask: Ask, losses: Losses) -> Iterator[tuple[str, float | None]]:

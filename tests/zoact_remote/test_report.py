@@ -2,15 +2,25 @@
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from zoact_remote.charts import MOST_POINTS, ticks
 from zoact_remote.evaluation import Evaluation
-from zoact_remote.report import MOST_POINTS, _ticks, accuracy_text, loss_text, running_mean, write_report
-from zoact_remote.training import History, StepRecord
+from zoact_remote.history import History, StepRecord
+from zoact_remote.report import (
+    MOST_CHANGES,
+    Change,
+    accuracy_text,
+    changed_answers,
+    loss_text,
+    running_mean,
+    write_report,
+)
 
 RESULTS = {
     "zero-shot": {"accuracy": 0.5, "loss": 1.25, "rows": 100},
@@ -76,6 +86,8 @@ def test_shows_curves_results_and_settings(tmp_path: Path) -> None:
         "Evaluation accuracy",
         "Evaluation loss",
         "Slope along the probe, |g|",
+        "Learning rate",
+        "Tokens",
     ]
     assert "30 steps · 3,000 tokens · 15 s · 200 tokens/s" in page
     assert "80.0% ± 4.0" in page
@@ -90,16 +102,52 @@ def test_escapes_everything(tmp_path: Path) -> None:
     evil = "<script>alert('1')</script>&\""
     run = history(1)
     run.stopped = evil
-    page = written(tmp_path, run, title=evil, settings={evil: evil}, results={evil: {"rows": evil}})
+    page = written(
+        tmp_path,
+        run,
+        title=evil,
+        settings={evil: evil},
+        results={evil: {"rows": evil}},
+        changes=[Change(evil, evil, evil, evil)],
+    )
     assert "<script" not in page
-    assert page.count("&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;") == 7
+    assert page.count("&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;&amp;&quot;") == 11
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_short_runs(tmp_path: Path, steps: int) -> None:
     page = written(tmp_path, history(steps), results={})
-    assert page.count("<svg") == (4 if steps else 2)
+    assert page.count("<svg") == (6 if steps else 2)
     assert "nan" not in page.lower()
+
+
+def test_shows_where_a_run_went_back(tmp_path: Path) -> None:
+    run = history(5)
+    run.steps[2] = replace(run.steps[2], loss=math.nan, terms=(), learning_rate=0.0, returned_to=1)
+    run.kept = 0
+    page = written(tmp_path, run)
+    assert "<title>step 2: returned to version 1</title>" in page
+    cells = re.findall(r"<td>([^<]*)</td>", page.partition("Returns to earlier versions")[2])
+    assert cells == ["2", "2", "1", "0.001", "end", "-", "0", "-"]
+    assert "Returns to earlier versions" not in written(tmp_path, history(5))
+
+
+def test_shows_answers_that_changed(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"film {i}", "choices": [" bad", " good"], "answer": i % 2} for i in range(200)
+    ]
+    before = replace(evaluation(0), predictions=(0,) * 200)
+    after = replace(evaluation(1), predictions=(1,) * 150 + (0,) * 50)
+    changes = changed_answers(rows, before, after)
+    assert len(changes) == 150
+    assert changes[3] == Change("film 3", " good", " bad", " good")
+    page = written(tmp_path, history(1), changes=changes)
+    assert "150 held-out rows: 75 became right, 75 wrong; the first 50 are shown." in page
+    assert page.count("<td>film ") == MOST_CHANGES
+    assert changed_answers(rows, before, None) == []
+    text = [{"prompt": "a", "completion": "b"}]
+    unscored = replace(before, predictions=(None,))
+    assert changed_answers(text, unscored, unscored) == []
 
 
 def test_completion_tasks_have_losses_only(tmp_path: Path) -> None:
@@ -131,11 +179,11 @@ def test_running_mean_is_of_the_last_steps() -> None:
     ("low", "high"), [(0.0, 1.0), (0.31, 0.84), (5.0, 5.0), (0.0, 0.0), (-3e-7, 2e-7), (12.0, 48_000.0)]
 )
 def test_ticks_are_few_round_and_around_the_range(low: float, high: float) -> None:
-    ticks = _ticks(low, high)
-    gap = ticks[1] - ticks[0]
-    assert 2 <= len(ticks) <= 8
-    assert ticks[0] <= low + 1e-6 * gap
-    assert ticks[-1] >= high - 1e-6 * gap
+    found = ticks(low, high)
+    gap = found[1] - found[0]
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low + 1e-6 * gap
+    assert found[-1] >= high - 1e-6 * gap
     assert round(gap / 10.0 ** math.floor(math.log10(gap) + 1e-9), 6) in (1, 2, 5)
 
 

@@ -9,6 +9,7 @@ import typer
 from zoact_remote.cli.adapters import adapters, audit, export, rollback
 from zoact_remote.cli.evaluate import evaluate
 from zoact_remote.cli.quickstart import quickstart
+from zoact_remote.cli.runs import runs
 from zoact_remote.cli.serve import serve
 from zoact_remote.cli.tenants import tenants
 from zoact_remote.cli.train import train
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command(context_settings={"allow_extra_args": True})(serve)
 app.command()(train)
+app.command()(runs)
 app.command("eval")(evaluate)
 app.command()(export)
 app.command()(adapters)

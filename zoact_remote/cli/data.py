@@ -67,11 +67,61 @@ def make_task(
             made = Task("{prompt}", completion="{completion}")
         else:
             made = Task(prompt, _labels_in(records, label_field or "label"))
+    return _with_fields(made, text_field, label_field)
+
+
+def task_table(
+    task: str | None,
+    template: str | None,
+    labels: Sequence[str] | None,
+    completion: str | None,
+    text_field: str | None,
+    label_field: str | None,
+) -> dict[str, Any]:
+    """The options of :func:`make_task` as a configuration's ``[task]``, without those that were not given."""
+    given = {
+        "name": task,
+        "template": template and _unescape(template),
+        "labels": dict(map(_label_word, labels)) if labels else None,
+        "completion": completion and _unescape(completion),
+        "text_field": text_field,
+        "label_field": label_field,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def task_of(records: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> Task:
+    """The task that a configuration's ``[task]`` describes, or else the records' fields.
+
+    Raises:
+        InvalidValue: a setting is unknown or wrong.
+        CommandFailed: the settings do not go together.
+
+    """
+    from zoact_remote.errors import InvalidValue
+    from zoact_remote.tasks import Task
+    from zoact_remote.tasks.task import KINDS
+
+    settings = dict(table)
+    name, text_field, label_field = (settings.pop(key, None) for key in ("name", "text_field", "label_field"))
+    if name is not None or not any(kind in settings for kind in KINDS):
+        template = settings.pop("template", None)
+        if settings:
+            beside = "a name" if name else f"neither a name nor {', '.join(KINDS)}"
+            raise CommandFailed(f"[task] has {', '.join(settings)}, but {beside}")
+        return make_task(records, task=name, template=template, text_field=text_field, label_field=label_field)
+    try:
+        return _with_fields(Task.from_dict(settings), text_field, label_field)
+    except InvalidValue as error:
+        raise InvalidValue(f"task.{error.param}", str(error).removeprefix(f"{error.param}: ")) from None
+
+
+def _with_fields(task: Task, text_field: str | None, label_field: str | None) -> Task:
     if text_field is not None:
-        if "{text}" not in (made.template or ""):
-            raise CommandFailed(f"--text-field {text_field}: the prompt {made.template!r} has no {{text}} to stand for")
-        made = replace(made, template=str(made.template).replace("{text}", f"{{{text_field}}}"))
-    return made if label_field is None else replace(made, label_field=label_field)
+        if "{text}" not in (task.template or ""):
+            raise CommandFailed(f"--text-field {text_field}: the prompt {task.template!r} has no {{text}} to stand for")
+        task = replace(task, template=str(task.template).replace("{text}", f"{{{text_field}}}"))
+    return task if label_field is None else replace(task, label_field=label_field)
 
 
 def spread(rows: Sequence[T], most: int) -> list[T]:

@@ -91,7 +91,7 @@ def reporting(as_json: bool) -> Iterator[Output]:
 
 def describe(error: Exception) -> dict[str, Any] | None:
     """An expected failure as JSON; None for any other, which is a bug."""
-    from zoact_remote.errors import InvalidValue, ZoActError
+    from zoact_remote.errors import Inconclusive, InvalidValue, ZoActError
 
     described = {"message": str(error), "type": type(error).__name__}
     if isinstance(error, ZoActError):
@@ -101,7 +101,7 @@ def describe(error: Exception) -> dict[str, Any] | None:
         return described | {"param": error.param}
     if isinstance(error, OSError) and error.filename is not None:
         return described | {"message": f"{error.filename}: {error.strerror}"}
-    if isinstance(error, (CommandFailed, OSError, json.JSONDecodeError, UnicodeDecodeError)):
+    if isinstance(error, (CommandFailed, Inconclusive, OSError, json.JSONDecodeError, UnicodeDecodeError)):
         return described
 
     from zoact_remote.tasks import RecordError

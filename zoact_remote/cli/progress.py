@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
     from zoact_remote.adapter import Adapter
     from zoact_remote.evaluation import Evaluation
-    from zoact_remote.training import StepRecord, Trainer
+    from zoact_remote.history import StepRecord
+    from zoact_remote.training import Trainer
     from zoact_remote.wire import Losses, Probe, Row, Scores, Update, UpdateResult
 
 
@@ -91,3 +92,6 @@ class Watched:
 
     def update(self, update: Update) -> UpdateResult:
         return self.adapter.update(update)
+
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
+        return self.adapter.rollback(version, base_version=base_version, key=key)

@@ -12,19 +12,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoact_remote.cli.config import RunConfig, dumps
 from zoact_remote.cli.data import spread
+from zoact_remote.cli.measure import measured
 from zoact_remote.cli.output import CommandFailed, Output
 from zoact_remote.cli.progress import Watched, training_bar
-from zoact_remote.cli.run_files import CHECKPOINT, METRICS, RESULT, RunFiles
+from zoact_remote.cli.run_files import CHECKPOINT, CONFIG, METRICS, REPORT, RESULT, TASK, RunFiles
 from zoact_remote.cli.settings import TrainingSettings
 from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation, calibrated, evaluate
 from zoact_remote.files import write_atomically
-from zoact_remote.report import write_report
-from zoact_remote.training import History, Trainer, rows_digest
+from zoact_remote.history import History
+from zoact_remote.loggers import make_logger
+from zoact_remote.report import changed_answers, write_report
+from zoact_remote.training import Trainer, rows_digest
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
+    from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
     from zoact_remote.tasks import Task
     from zoact_remote.wire import BasisResult, Info, Json, Row
@@ -59,6 +64,7 @@ def train_adapter(
     directory: Path,
     output: Output,
     *,
+    config: RunConfig | None = None,
     go_on: bool = False,
     resume: bool = False,
 ) -> Run:
@@ -71,19 +77,24 @@ def train_adapter(
         rows: to train on; the basis is taken from some of them.
         eval_rows: held out; may be empty.
         settings: of the run.
-        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``task.toml``,
-            ``result.json`` and ``report.html``.
+        directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``config.toml``,
+            ``task.toml``, ``result.json`` and ``report.html``.
         output: where progress is shown.
+        config: of the run as a whole, to be written beside the results; it names the loggers, too.
         go_on: train an adapter that has been trained before, from its newest version.
         resume: go on with the run in the directory, which was killed or failed; start it if there is none.
 
     """
+    settings = settings.resolved()
+    settings.check()
     if not rows:
         raise CommandFailed("there are no rows to train on")
     if not (go_on or (resume and (directory / CHECKPOINT).is_file())):
         # Before anything of a run that was cut off is forgotten.
         with suppress(NotFound):
             _check_untrained(client.adapter(name))
+    # A package that is missing is named before anything is done.
+    loggers = [make_logger(kind, name, directory, asdict(settings)) for kind in (config.log_to if config else ())]
     eval_rows = spread(eval_rows, settings.eval_rows)
     directory.mkdir(parents=True, exist_ok=True)
     info = client.info()
@@ -96,13 +107,16 @@ def train_adapter(
         "eval_rows": rows_digest(eval_rows),
     }
     with closing(RunFiles(directory, about, resume=resume)) as files:
-        (directory / "task.toml").write_text(task.to_toml(), encoding="utf-8")
-        ready = files.started
-        adapter = client.adapter(name) if ready else _ready_adapter(client, name, rows, settings, output, go_on)
+        (directory / TASK).write_text(task.to_toml(), encoding="utf-8")
+        if config is not None:
+            (directory / CONFIG).write_text(dumps(config), encoding="utf-8")
+        started = files.started
+        adapter = client.adapter(name) if started else _ready_adapter(client, name, rows, settings, output, go_on)
         files.bind(adapter.info)
+        settings = measured(adapter, rows, settings, files, output)
         facts = _facts(info, adapter, task, settings, len(rows), len(eval_rows))
-        history, results = _train(adapter, rows, eval_rows, settings, directory, output, files, facts)
-    result = _result(adapter, info, history, settings, results, directory)
+        history, results = _train(adapter, rows, eval_rows, settings, directory, output, files, loggers, facts)
+        result = _result(adapter, info, history, settings, results, directory) | {"measured": files.measured}
     write_atomically(directory / RESULT, _dump(result).encode())
     return Run(adapter, results, result)
 
@@ -115,6 +129,7 @@ def _train(
     directory: Path,
     output: Output,
     files: RunFiles,
+    loggers: Sequence[Callback],
     facts: Mapping[str, object],
 ) -> tuple[History, dict[str, Json]]:
     """Train, and write the report; the run and its results."""
@@ -134,7 +149,7 @@ def _train(
             seed=settings.seed,
             eval_rows=eval_rows,
             eval_every=settings.eval_every,
-            callbacks=[files, bar],
+            callbacks=[files, *settings.make_callbacks(), *loggers, bar],
         )
         files.restore(trainer)
         if trainer.step:
@@ -143,19 +158,20 @@ def _train(
             history = trainer.run()
         except BaseException:
             # The curves up to a failure are what explains it.
-            _report(directory, adapter.name, facts, trainer.history, _results(start, trainer.history, eval_rows))
+            _report(directory, adapter.name, facts, trainer.history, start, eval_rows)
             raise
         bar.doing("trained")
-    results = _results(start, history, eval_rows)
-    _report(directory, adapter.name, facts, history, results)
-    return history, results
+    _report(directory, adapter.name, facts, history, start, eval_rows)
+    return history, _results(start, history, eval_rows)
 
 
 def _ready_adapter(
     client: Client, name: str, rows: Sequence[Row], settings: TrainingSettings, output: Output, go_on: bool
 ) -> Adapter:
     # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
-    adapter = client.create_adapter(name, rank=settings.rank, basis=settings.make_basis(), exist_ok=True)
+    adapter = client.create_adapter(
+        name, rank=settings.rank, noise=settings.noise, basis=settings.make_basis(), exist_ok=True
+    )
     if not go_on:
         _check_untrained(adapter)
     if adapter.info.state == "new":
@@ -195,8 +211,8 @@ def _results(start: Evaluation | None, history: History, rows: Sequence[Row]) ->
             "loss": calibrated_loss(start, rows),
             "rows": len(rows),
         }
-    if history.steps and history.steps[-1].evaluation is not None:
-        results[TUNED] = _figures(history.steps[-1].evaluation, rows)
+    if history.final is not None:
+        results[TUNED] = _figures(history.final, rows)
     return results
 
 
@@ -229,9 +245,21 @@ def _facts(
 
 
 def _report(
-    directory: Path, name: str, facts: Mapping[str, object], history: History, results: Mapping[str, Json]
+    directory: Path,
+    name: str,
+    facts: Mapping[str, object],
+    history: History,
+    start: Evaluation | None,
+    rows: Sequence[Row],
 ) -> None:
-    write_report(directory / "report.html", title=name, settings=facts, history=history, results=results)
+    write_report(
+        directory / REPORT,
+        title=name,
+        settings=facts,
+        history=history,
+        results=_results(start, history, rows),
+        changes=changed_answers(rows, start or history.baseline, history.final),
+    )
 
 
 def _result(
@@ -255,10 +283,14 @@ def _result(
         "steps": len(steps),
         "tokens": sum(record.tokens for record in steps),
         "seconds": math.fsum(record.seconds for record in steps),
+        "stopped": history.stopped,
+        "kept": history.kept,
+        "returns": [
+            {"step": record.step, "to": record.returned_to} for record in steps if record.returned_to is not None
+        ],
         "settings": asdict(settings),
         "files": {
-            name: str(directory / file)
-            for name, file in (("metrics", METRICS), ("task", "task.toml"), ("report", "report.html"))
+            name: str(directory / file) for name, file in (("metrics", METRICS), ("task", TASK), ("report", REPORT))
         },
     }
 

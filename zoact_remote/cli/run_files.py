@@ -1,15 +1,20 @@
 """The files of a run, and what a resumed run takes from them.
 
 ``checkpoint.json``
-    What the run is of, and the trainer's state: written before anything is asked of the server, and then after every
-    step, before the step's update leaves. It is replaced in one piece and is on disk before the run goes on.
+    What the run is of, what was measured for it, and the trainer's state: written before anything is asked of the
+    server, and then after every step, before the step's update leaves. It is replaced in one piece and is on disk
+    before the run goes on.
 ``metrics.jsonl``
     A line a step.
 ``evaluations.jsonl``
     A line an evaluation, with the scores of every row: by the number of steps before it, ``null`` for that of the
     model alone.
 
-The last two are cut back to what the checkpoint covers when a run is resumed, so that nothing is listed twice.
+``lock``
+    Empty; locked while a run is under way, by the system, which lets go of it however the run ends.
+
+Metrics and evaluations are cut back to what the checkpoint covers when a run is resumed, so that nothing is listed
+twice.
 """
 
 from __future__ import annotations
@@ -22,16 +27,24 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from zoact_remote.callbacks import Callback
+from zoact_remote.cli.output import CommandFailed
 from zoact_remote.errors import InvalidValue
 from zoact_remote.evaluation import Evaluation
 from zoact_remote.files import write_atomically
-from zoact_remote.training import StepRecord, Trainer
+from zoact_remote.history import StepRecord
+from zoact_remote.training import Trainer
 
 if TYPE_CHECKING:
     from zoact_remote.wire import AdapterInfo, Json
 
-FORMAT = 1
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = 2
 CHECKPOINT, METRICS, EVALUATIONS, RESULT = "checkpoint.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
+CONFIG, TASK, REPORT, LOCK = "config.toml", "task.toml", "report.html", "lock"
 
 
 class RunFiles(Callback):
@@ -44,10 +57,14 @@ class RunFiles(Callback):
 
     Raises:
         InvalidValue: the checkpoint is of something else; the field that differs is named.
+        CommandFailed: a run is under way there.
 
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any], *, resume: bool) -> None:
+        self._lock = _locked(directory / LOCK)
+        if self._lock is None:
+            raise CommandFailed(f"a run is under way in {directory}: wait for it, or give another directory with --out")
         self._checkpoint = directory / CHECKPOINT
         about = {"format": FORMAT, **about}
         if resume and self._checkpoint.is_file():
@@ -57,7 +74,7 @@ class RunFiles(Callback):
             # The checkpoint goes first: without it, what is left of the others does not count.
             for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
                 (directory / name).unlink(missing_ok=True)
-            self._saved = {**about, "adapter": None, "trainer": None}
+            self._saved = {**about, "adapter": None, "measured": None, "trainer": None}
             self._write()
         state = self._saved["trainer"]
         # The step done last is still to be finished; its line comes after that.
@@ -69,8 +86,14 @@ class RunFiles(Callback):
 
     @property
     def started(self) -> bool:
-        """Whether the run has a step behind it."""
-        return self._saved["trainer"] is not None
+        """Whether the run has a step behind it, or was measuring."""
+        return self._saved["trainer"] is not None or self._saved["measured"] is not None
+
+    @property
+    def measured(self) -> Json | None:
+        """What was measured before the first step; empty if that was begun but not ended, None if it was not begun."""
+        found: Json | None = self._saved["measured"]
+        return found
 
     @property
     def start_version(self) -> int:
@@ -98,7 +121,7 @@ class RunFiles(Callback):
             InvalidValue: the trainer is not set up as the one was whose state was saved.
 
         """
-        if self.started:
+        if self._saved["trainer"] is not None:
             trainer.load_state_dict(self._saved["trainer"])
         history = trainer.history
         history.baseline = self._found.get(0)
@@ -111,6 +134,11 @@ class RunFiles(Callback):
             self._found[None] = evaluate()
             self._note(None, self._found[None])
         return self._found[None]
+
+    def keep_measured(self, found: Json) -> None:
+        """Keep what was measured; nothing when it is about to be begun."""
+        self._saved["measured"] = found
+        self._write()
 
     def on_checkpoint(self, trainer: Trainer) -> None:
         """Keep the trainer's state."""
@@ -126,8 +154,9 @@ class RunFiles(Callback):
         _append(self._metrics, record.to_json())
 
     def close(self) -> None:
-        self._metrics.close()
-        self._evaluations.close()
+        for file in (self._metrics, self._evaluations, self._lock):
+            if file is not None:
+                file.close()
 
     def _note(self, step: int | None, evaluation: Evaluation) -> None:
         _append(self._evaluations, {"step": step, **asdict(evaluation)})
@@ -136,6 +165,28 @@ class RunFiles(Callback):
 
     def _write(self) -> None:
         write_atomically(self._checkpoint, json.dumps(self._saved).encode())
+
+
+def is_under_way(directory: Path) -> bool:
+    """Whether a process trains there now."""
+    if not (directory / LOCK).is_file():
+        return False
+    lock = _locked(directory / LOCK)
+    if lock is not None:
+        lock.close()
+    return lock is None
+
+
+def _locked(path: Path) -> IO[str] | None:
+    """A file that is locked until it is closed; None if it is locked already."""
+    file = path.open("a")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            return None
+    return file
 
 
 def _check(saved: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> None:

@@ -1,86 +1,189 @@
-"""How a run trains."""
+"""How a run trains. What is said of a setting here is what ``--help`` and a printed configuration say of it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from zoact_remote.early_stopping import EarlyStopping
     from zoact_remote.estimators import Estimator
+    from zoact_remote.guard import Guard
+    from zoact_remote.noise import Distribution
     from zoact_remote.optimizers import Optimizer
     from zoact_remote.schedules import Schedule
     from zoact_remote.wire import Basis
 
-EstimatorName = Literal["two-point", "forward-difference"]
-OptimizerName = Literal["adam", "sgd", "momentum"]
+EstimatorName = Literal["two-point", "forward-difference", "leave-one-out", "fzoo"]
+OptimizerName = Literal["adam", "adamw", "gaussian-adam", "sgd"]
 ScheduleName = Literal["linear", "constant", "cosine"]
 PositionsName = Literal["scored", "prompt", "both"]
+Auto = Literal["auto"]
+LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
-MOMENTUM = 0.9
+PROBES: dict[EstimatorName, int] = {"two-point": 1, "forward-difference": 1, "leave-one-out": 4, "fzoo": 8}
+"""Directions a step, where none are given: the estimators' own defaults, known without loading them."""
+WEIGHT_DECAY = {"adamw": 0.01}
+"""Where none is given; 0 for the others."""
+
+
+def setting(
+    default: Any,
+    section: str,
+    text: str,
+    *,
+    key: str | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A field of a configuration.
+
+    Args:
+        default: its value where none is given; None if it need not have one.
+        section: of the TOML file that it stands in.
+        text: what it means, in a sentence or two.
+        key: its name there, if not the field's.
+        least: the least number allowed.
+        most: the greatest number allowed.
+
+    """
+    about = {"section": section, "text": text, "key": key, "least": least, "most": most}
+    return field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """Settings of a run.
+    """Settings of a run, checked by :meth:`check`."""
 
-    Attributes:
-        rank: columns of each coefficient matrix.
-        positions: which activations the basis is taken from; see :class:`~zoact_remote.wire.Basis`.
-        calibration_rows: training rows that the basis is taken from.
-        steps: of the run.
-        batch_size: rows a step.
-        estimator: how losses under probes become a gradient.
-        probes: directions a step.
-        epsilon: distance of a probe; a power of two scales probes without rounding.
-        optimizer: what is made of the gradient.
-        learning_rate: at the first step.
-        schedule: how it goes on from there.
-        eval_every: steps from one evaluation to the next; None for only the first and last.
-        eval_rows: rows evaluated at most, evenly spaced over those held out.
-        seed: of the data's order and the probes.
+    rank: int = setting(4, "adapter", "Columns of each coefficient matrix.", least=1)
+    positions: PositionsName = setting("scored", "adapter", "Activations that the basis is taken from.")
+    calibration_rows: int = setting(64, "adapter", "Training rows that the basis is taken from.", least=1)
 
-    """
+    steps: int = setting(400, "method", "Steps of the run.", least=1)
+    batch_size: int = setting(16, "method", "Rows a step.", least=1)
+    estimator: EstimatorName = setting("two-point", "method", "How losses under probes become a gradient.")
+    probes: int | None = setting(
+        None, "method", "Directions a step; if not given 1, but 4 for leave-one-out and 8 for fzoo.", least=1
+    )
+    epsilon: float | Auto = setting(
+        2.0**-7, "method", "Distance of a probe, best a power of two; 'auto' to measure it first (two-point alone)."
+    )
+    optimizer: OptimizerName = setting(
+        "adam", "method", "What is made of the gradient; gaussian-adam takes Gaussian probes, the others Rademacher's."
+    )
+    momentum: float = setting(0.0, "method", "Of sgd: share of the last step's velocity kept.", least=0)
+    weight_decay: float | None = setting(
+        None, "method", "Share of the coefficients, times the rate, that a step takes away; 0.01 for adamw, else 0.",
+        least=0,
+    )  # fmt: skip
+    learning_rate: float | Auto = setting(
+        2e-3, "method", "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first."
+    )
+    schedule: ScheduleName = setting("linear", "method", "How the learning rate goes on: down to zero, or constant.")
+    warmup: int = setting(0, "method", "Steps over which the learning rate rises.", least=0)
+    guard: bool = setting(
+        True, "method", "Return to the best version at half the rate when training losses show that a run diverges."
+    )
+    seed: int = setting(0, "method", "Of the data's order and the probes.", least=0)
 
-    rank: int = 4
-    positions: PositionsName = "scored"
-    calibration_rows: int = 64
-    steps: int = 400
-    batch_size: int = 16
-    estimator: EstimatorName = "two-point"
-    probes: int = 1
-    epsilon: float = 2.0**-7
-    optimizer: OptimizerName = "adam"
-    learning_rate: float = 2e-3
-    schedule: ScheduleName = "linear"
-    eval_every: int | None = None
-    eval_rows: int = 400
-    seed: int = 0
+    eval_every: int | None = setting(
+        None, "evaluation", "Steps between evaluations; only the first and last if not given.", key="every", least=1
+    )
+    eval_rows: int = setting(400, "evaluation", "Held-out rows evaluated at most, evenly spaced.", key="rows", least=1)
+    patience: int | None = setting(
+        None, "evaluation", "Stop after this many evaluations without a new best held-out loss.", least=1
+    )
+    min_delta: float = setting(0.0, "evaluation", "Nats by which a new best must be below the last one.", least=0)
+    keep_best: bool = setting(
+        False,
+        "evaluation",
+        "Return to the version with the least held-out loss at the end. Figures on the rows that it was chosen by are "
+        "then a little too good.",
+    )
+
+    def resolved(self) -> TrainingSettings:
+        """These settings with what follows from others written down, so that they say in full what the run does."""
+        return replace(
+            self,
+            probes=PROBES[self.estimator] if self.probes is None else self.probes,
+            weight_decay=WEIGHT_DECAY.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay,
+        )
+
+    def check(self) -> None:
+        """Raise InvalidValue for settings that do not fit each other."""
+        from zoact_remote.errors import InvalidValue
+
+        if self.epsilon == "auto" and self.estimator != "two-point":
+            raise InvalidValue(
+                "epsilon", f"'auto' measures the error of central differences: give a number for {self.estimator}"
+            )
+        if self.momentum and self.optimizer != "sgd":
+            raise InvalidValue("momentum", f"is for sgd; {self.optimizer} has its own")
+        if self.patience is not None and self.eval_every is None:
+            raise InvalidValue("patience", "counts evaluations: say after how many steps there is one (--eval-every)")
+        numbers = replace(
+            self,
+            epsilon=1.0 if self.epsilon == "auto" else self.epsilon,
+            learning_rate=1.0 if self.learning_rate == "auto" else self.learning_rate,
+        )
+        numbers.make_estimator()
+        numbers.make_optimizer()
+        numbers.make_schedule()
 
     def make_basis(self) -> Basis:
         from zoact_remote.wire import Basis
 
         return Basis(positions=self.positions)
 
-    def make_estimator(self) -> Estimator:
-        from zoact_remote.estimators import ForwardDifference, TwoPoint
+    @property
+    def noise(self) -> Distribution:
+        """Of the probes."""
+        return "gaussian" if self.optimizer == "gaussian-adam" else "rademacher"
 
-        kind = TwoPoint if self.estimator == "two-point" else ForwardDifference
-        return kind(epsilon=self.epsilon, probes=self.probes)
+    def make_estimator(self) -> Estimator:
+        """The estimator; ``epsilon`` must be a number."""
+        from zoact_remote.estimators import FZOO, ForwardDifference, LeaveOneOut, TwoPoint
+
+        kinds: dict[EstimatorName, type[TwoPoint | ForwardDifference | LeaveOneOut | FZOO]] = {
+            "two-point": TwoPoint,
+            "forward-difference": ForwardDifference,
+            "leave-one-out": LeaveOneOut,
+            "fzoo": FZOO,
+        }
+        assert not isinstance(self.epsilon, str)
+        probes = self.resolved().probes
+        assert probes is not None
+        return kinds[self.estimator](epsilon=self.epsilon, probes=probes)
 
     def make_optimizer(self) -> Optimizer:
-        from zoact_remote.optimizers import SGD, Adam
+        from zoact_remote.optimizers import SGD, Adam, AdamW, GaussianAdam
 
-        if self.optimizer == "adam":
-            return Adam()
-        return SGD(momentum=MOMENTUM if self.optimizer == "momentum" else 0.0)
+        weight_decay = self.resolved().weight_decay
+        assert weight_decay is not None
+        if self.optimizer == "sgd":
+            return SGD(momentum=self.momentum, weight_decay=weight_decay)
+        kinds: dict[str, type[Adam | GaussianAdam]] = {"adam": Adam, "adamw": AdamW, "gaussian-adam": GaussianAdam}
+        return kinds[self.optimizer](weight_decay=weight_decay)
 
     def make_schedule(self) -> Schedule:
+        """The schedule; ``learning_rate`` must be a number."""
         from zoact_remote import schedules
 
+        assert not isinstance(self.learning_rate, str)
         if self.schedule == "constant":
-            return schedules.constant(self.learning_rate)
+            return schedules.constant(self.learning_rate, warmup=self.warmup)
         decay = schedules.linear if self.schedule == "linear" else schedules.cosine
-        return decay(self.learning_rate, self.steps)
+        return decay(self.learning_rate, self.steps, warmup=self.warmup)
+
+    def make_callbacks(self) -> list[Guard | EarlyStopping]:
+        """What watches over the run."""
+        from zoact_remote.early_stopping import EarlyStopping
+        from zoact_remote.guard import Guard
+
+        made: list[Guard | EarlyStopping] = [Guard()] if self.guard else []
+        if self.patience is not None or self.keep_best:
+            made.append(EarlyStopping(self.patience, min_delta=self.min_delta, keep_best=self.keep_best))
+        return made
 
 
 DEFAULTS = TrainingSettings()

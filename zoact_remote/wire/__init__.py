@@ -26,7 +26,7 @@ from zoact_remote.wire.answers import (
     Timing,
     UpdateResult,
 )
-from zoact_remote.wire.values import Basis, Json, Normaliser, Probe, Row, Side, Term, Update
+from zoact_remote.wire.values import Basis, Json, Normaliser, Probe, Rollback, Row, Side, Term, Update
 
 __all__ = [
     "AdapterInfo",
@@ -41,6 +41,7 @@ __all__ = [
     "Normaliser",
     "Probe",
     "ProbeLoss",
+    "Rollback",
     "Row",
     "RowScore",
     "Scores",

@@ -189,6 +189,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Rollback:
+    """A return to an earlier version: a new one with its coefficients, bit for bit.
+
+    Attributes:
+        base_version: the version that it follows; any other is refused.
+        to_version: the version whose coefficients come back.
+        key: names the rollback, so that sending it again does nothing more.
+
+    """
+
+    base_version: int
+    to_version: int
+    key: str
+
+    def to_json(self) -> Json:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Basis:
     """What an adapter's basis is taken from.
 

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
+from zoact_remote import EarlyStopping, Guard
 from zoact_remote.cli.data import make_task, split, spread
 from zoact_remote.cli.output import CommandFailed
 from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
-from zoact_remote.optimizers import SGD, Adam
+from zoact_remote.optimizers import SGD, Adam, GaussianAdam
 
 
 def test_tasks_from_options() -> None:
@@ -61,9 +62,16 @@ def test_rows_are_split_and_spread() -> None:
 
 def test_settings_make_the_method() -> None:
     assert isinstance(DEFAULTS.make_optimizer(), Adam)
-    momentum = TrainingSettings(optimizer="momentum").make_optimizer()
-    assert isinstance(momentum, SGD)
-    assert momentum.momentum == 0.9
+    sgd = TrainingSettings(optimizer="sgd", momentum=0.9, weight_decay=0.1).make_optimizer()
+    assert isinstance(sgd, SGD)
+    assert (sgd.momentum, sgd.weight_decay) == (0.9, 0.1)
+    gaussian = TrainingSettings(optimizer="gaussian-adam")
+    assert isinstance(gaussian.make_optimizer(), GaussianAdam)
+    assert (DEFAULTS.noise, gaussian.noise) == ("rademacher", "gaussian")
     assert TrainingSettings(schedule="constant").make_schedule()(399) == DEFAULTS.learning_rate
-    assert TrainingSettings(schedule="cosine").make_schedule()(399) < 1e-3 * DEFAULTS.learning_rate
+    assert TrainingSettings(schedule="cosine").make_schedule()(399) < 1e-3 * 2e-3
+    assert TrainingSettings(warmup=10).make_schedule()(0) == 2e-4
     assert TrainingSettings(estimator="forward-difference", probes=3).make_estimator().ask(lambda: 1).base
+    assert [type(made) for made in DEFAULTS.make_callbacks()] == [Guard]
+    stopping = TrainingSettings(guard=False, patience=2, eval_every=5)
+    assert [type(made) for made in stopping.make_callbacks()] == [EarlyStopping]

@@ -10,12 +10,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.zoact_remote.cli.support import RECORDS, TASK, read_json, results_of, run, run_json
-from zoact_remote import Adapter, Client
+from zoact_remote import Adapter, Callback, Client, EarlyStopping, Guard
 from zoact_remote.cli.app import app
 from zoact_remote.cli.output import INTERRUPTED
+from zoact_remote.cli.settings import TrainingSettings
 
 OPTIONS = ("--steps", "5", "--batch-size", "2", "--eval-every", "2", "--learning-rate", "0.05")
-CALLS = ("calibrate", "losses", "update", "scores")
+CALLS = ("calibrate", "losses", "update", "rollback", "scores")
 
 
 @pytest.fixture
@@ -146,6 +147,7 @@ def test_training_further_is_resumed_too(data: str, name: str, client: Client, c
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
+        (("--no-guard",), "settings.guard"),
         (("--learning-rate", "0.01"), "settings.learning_rate"),
         (("--steps", "6"), "settings.steps"),
         (("--hold-out", "0.3"), "rows"),
@@ -185,3 +187,62 @@ def test_a_run_that_is_not_resumed_forgets_the_one_before(data: str, name: str, 
     run(*train, "--continue", "--seed", "3")
     metrics = [json.loads(line) for line in (results_of(name) / "metrics.jsonl").read_text().splitlines()]
     assert [record["version"] for record in metrics] == list(range(5, 10))
+
+
+def test_a_directory_is_enough(data: str, name: str, undisturbed: dict[str, Any], cut_off: Any) -> None:
+    cut_off(5, 8, answered=True)
+    assert attempt("train", data, "--adapter", name, *OPTIONS) == INTERRUPTED
+    out = str(results_of(name))
+    assert "has its own config.toml" in run("train", out, "--resume", "--config", "x.toml", code=1).stderr
+    assert run_json("train", out, "--resume", "--steps", "6", code=1)["error"]["param"] == "settings.steps"
+    assert attempt("train", out, "--resume") == INTERRUPTED
+    run("train", out, "--resume")
+    assert left(name) == undisturbed
+
+
+@pytest.fixture
+def _nervous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guard that a few steps are enough for, and a return to the best evaluation."""
+
+    def watch(_: TrainingSettings) -> list[Callback]:
+        return [Guard(window=2, patience=2, limit=9), EarlyStopping(None, keep_best=True)]
+
+    monkeypatch.setattr(TrainingSettings, "make_callbacks", watch)
+
+
+@pytest.mark.usefixtures("_nervous")
+@pytest.mark.parametrize(("first", "answered"), [(1, False), (2, True), (3, False)])
+def test_a_run_that_went_back_is_resumed_too(
+    data: str, name: str, client: Client, cut_off: Any, first: int, answered: bool
+) -> None:
+    wild = ("--steps", "12", "--batch-size", "2", "--eval-every", "3", "--learning-rate", "1", "--schedule", "constant")
+    run("train", data, "--adapter", "tests/whole", *wild)
+    whole = left("tests/whole")
+    client.adapter("tests/whole").delete()
+    assert [step for step in whole["metrics"] if step["returned_to"] is not None], "the guard must act for this test"
+    cut_off(*range(first, 200, 3), answered=answered)
+    while attempt("train", data, "--adapter", name, *wild, "--resume") == INTERRUPTED:
+        pass
+    assert left(name) == whole
+    assert not client.adapter(name).audit().failures
+
+
+@pytest.mark.parametrize("numbers", [(1,), (4,), (9,), (12, 20), (60,)])
+def test_what_was_measured_is_measured_once(
+    data: str, name: str, client: Client, cut_off: Any, numbers: tuple[int, ...]
+) -> None:
+    measured = ("--steps", "3", "--batch-size", "2", "--epsilon", "auto", "--learning-rate", "auto")
+    whole = run_json("train", data, "--adapter", "tests/measured", *measured)
+    client.adapter("tests/measured").delete()
+    cut_off(*numbers, answered=True)
+    while attempt("train", data, "--adapter", name, *measured, "--resume") == INTERRUPTED:
+        pass
+    made = read_json(results_of(name) / "result.json")
+    for part in ("digest", "results", "measured", "settings"):
+        assert made[part] == whole[part]
+    assert made["settings"]["epsilon"] == made["measured"]["epsilon"]
+    assert made["settings"]["learning_rate"] == made["measured"]["learning_rate"]
+    first = json.loads((results_of(name) / "metrics.jsonl").read_text().splitlines()[0])
+    assert (first["epsilon"], first["learning_rate"]) == (
+        *(made["measured"]["epsilon"], made["measured"]["learning_rate"]),
+    )

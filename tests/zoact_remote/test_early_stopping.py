@@ -1,0 +1,92 @@
+"""Runs end when held-out rows gain nothing, at the version that did best if that is wanted."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.zoact_remote.regression import ROWS, Disk, Killed, Mortal, Regression, trainer
+from zoact_remote import EarlyStopping, InvalidValue, Row, Trainer
+
+OPPOSITE: list[Row] = [{**row, "completion": -0.1 * row["completion"]} for row in ROWS[:8]]
+"""Held-out rows on which training does harm once it has gone a little way."""
+OPTIONS: dict[str, Any] = {"eval_rows": OPPOSITE, "eval_every": 2, "steps": 40}
+
+
+def stopping(adapter: Regression, disk: Disk | None = None, **settings: Any) -> Trainer:
+    callbacks = [EarlyStopping(settings.pop("patience", 3), **settings), *([disk] if disk else [])]
+    run = trainer(adapter, callbacks=callbacks, **OPTIONS)
+    if disk is not None and disk.state is not None:
+        run.load_state_dict(json.loads(disk.state))
+    return run
+
+
+def test_it_stops_after_evaluations_without_a_gain() -> None:
+    history = stopping(Regression()).run()
+    losses = [evaluation.loss for evaluation in history.evaluations]
+    best = int(np.argmin(losses))
+    assert len(losses) == best + 4
+    assert history.stopped == f"the held-out loss was not below {losses[best]:.4f} in 3 evaluations"
+    assert history.kept is None
+
+
+def test_a_gain_must_be_worth_it() -> None:
+    learning = dict(OPTIONS, eval_rows=ROWS)
+    run = trainer(Regression(), callbacks=[EarlyStopping(1, min_delta=1e6)], **learning)
+    assert len(run.run().steps) == 2
+    assert trainer(Regression(), callbacks=[EarlyStopping(3, min_delta=0.0)], **learning).run().stopped is None
+
+
+@pytest.mark.parametrize("patience", [3, None])
+def test_it_returns_to_the_best(patience: int | None) -> None:
+    adapter = Regression()
+    history = stopping(adapter, patience=patience, keep_best=True).run()
+    best = min(history.evaluations, key=lambda evaluation: evaluation.loss)
+    assert (history.kept, history.final) == (best.version, best)
+    np.testing.assert_array_equal(adapter.versions[-1], adapter.versions[best.version])
+    assert len(adapter.versions) == len(history.steps) + 2
+    assert (history.stopped is None) == (patience is None)
+
+
+def test_the_last_version_is_kept_if_it_is_the_best() -> None:
+    adapter = Regression()
+    run = trainer(adapter, callbacks=[EarlyStopping(None, keep_best=True)], steps=40, eval_rows=ROWS, schedule=0.01)
+    history = run.run()
+    assert (history.kept, history.final) == (None, history.evaluations[-1])
+    assert "rollback" not in adapter.calls
+
+
+def test_running_again_changes_nothing() -> None:
+    adapter = Regression()
+    run = stopping(adapter, patience=None, keep_best=True)
+    run.run()
+    made = len(adapter.versions)
+    run.run()
+    assert len(adapter.versions) == made
+
+
+@settings(max_examples=40)
+@given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=10))
+def test_a_run_killed_at_any_call_stops_at_the_same_version(deadly: list[tuple[int, bool]]) -> None:
+    whole = Regression()
+    stopping(whole, Disk(), keep_best=True).run()
+    adapter, disk = Mortal(), Disk()
+    adapter.deadly = deadly
+    for _ in range(len(deadly) + 1):
+        with suppress(Killed):
+            stopping(adapter, disk, keep_best=True).run()
+            break
+    np.testing.assert_array_equal(adapter.versions, whole.versions)
+
+
+@pytest.mark.parametrize("changes", [{"patience": 0}, {"min_delta": -1.0}, {"min_delta": float("nan")}])
+def test_settings_are_checked(changes: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        EarlyStopping(**{"patience": 1, **changes})
+    assert caught.value.param in changes

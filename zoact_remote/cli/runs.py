@@ -1,0 +1,102 @@
+"""``zoact runs``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zoact_remote.cli import options
+from zoact_remote.cli.output import CommandFailed, reporting
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def runs(
+    directory: Annotated[Path, typer.Argument(help="Where the runs' directories are.", metavar="DIRECTORY")] = Path(
+        "runs"
+    ),
+    as_json: options.AsJson = False,
+) -> None:
+    """List the runs in a directory, and compare what they brought."""
+    with reporting(as_json) as output:
+        if not directory.is_dir():
+            raise CommandFailed(f"there is no directory {directory}")
+        found = [_described(path.parent, directory) for path in sorted(directory.glob("**/checkpoint.json"))]
+        output.result({"runs": found}, _table(found) if found else f"no runs in {directory}")
+
+
+def _described(run: Path, directory: Path) -> dict[str, Any]:
+    from zoact_remote.cli.run_files import CHECKPOINT, EVALUATIONS, METRICS, RESULT, TASK, is_under_way
+    from zoact_remote.report import running_mean
+
+    about = json.loads((run / CHECKPOINT).read_bytes())
+    steps = list(_json_lines(run / METRICS))
+    evaluations = list(_json_lines(run / EVALUATIONS))
+    losses = [step["loss"] for step in steps if step["loss"] is not None]
+    accuracies = [line["accuracy"] for line in evaluations if line["accuracy"] is not None]
+    under_way = is_under_way(run)
+    result = json.loads((run / RESULT).read_bytes()) if (run / RESULT).is_file() else {}
+    return {
+        "name": str(run.relative_to(directory)),
+        "adapter": about["name"],
+        "task": _task(run / TASK),
+        "state": "running" if under_way else "done" if result else "cut off",
+        "steps": len(steps),
+        "of": about["settings"]["steps"],
+        "loss": running_mean(losses)[-1] if losses else None,
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy_after": result.get("results", {}).get("tuned", {}).get("accuracy"),
+        "best_accuracy": max(accuracies, default=None),
+        "seconds": sum(step["seconds"] for step in steps),
+    }
+
+
+def _task(path: Path) -> str | None:
+    """A built-in task's name, or the kind of answers that a task has."""
+    from zoact_remote.tasks import BUILTIN, Task
+
+    if not path.is_file():
+        return None
+    task = Task.from_file(path)
+    return next((name for name, known in BUILTIN.items() if known == task), task.kind)
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a file that may be written to meanwhile."""
+    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        if line.endswith(b"\n"):
+            yield json.loads(line)
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from zoact_remote.report import NONE
+
+    def shown(value: float | None, form: str) -> str:
+        return NONE if value is None else format(value, form)
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("run", no_wrap=True)
+    for heading in ("adapter", "task", "state"):
+        table.add_column(heading)
+    for heading in ("steps", "loss", "before", "after", "best", "seconds"):
+        table.add_column(heading, justify="right")
+    for run in found:
+        table.add_row(
+            run["name"],
+            run["adapter"],
+            run["task"] or NONE,
+            run["state"],
+            f"{run['steps']}/{run['of']}",
+            shown(run["loss"], ".3f"),
+            *(shown(run[name], ".1%") for name in ("accuracy_before", "accuracy_after", "best_accuracy")),
+            shown(run["seconds"], ",.0f"),
+        )
+    return table
