@@ -160,13 +160,13 @@ class Reference:
     ) -> tuple[np.ndarray[Any, Any], float]:
         """The loss's derivatives along the probes, at the coefficients, and the loss."""
         from server_ext.coefficients import Coefficients
+        from server_ext.noise import Noise
         from zoact_remote.layout import Layout, Site
         from zoact_remote.wire import Update
 
         layout = Layout(tuple(Site(**site) for site in sites), RANK)
-        coefficients = Coefficients(layout, "rademacher", DEVICE)
-        coefficients.apply(Update(0, TERMS))
-        flat = coefficients.flat.double().requires_grad_()
+        noise = Noise(layout, "rademacher", DEVICE)
+        flat = Coefficients(noise).after(Update(0, TERMS)).flat.double().requires_grad_()
         by_input = {site.input: bases[site.name].to(DEVICE).double() for site in reversed(layout.sites)}
         for site, matrix in zip(layout.sites, layout.matrices(flat).values(), strict=True):
             v = by_input[site.input]
@@ -176,8 +176,8 @@ class Reference:
             logits = self.network(input_ids=torch.tensor([prompt], device=DEVICE)).logits[0, -1]
             loss = loss - logits.log_softmax(-1)[completion] / len(rows)
         (gradient,) = torch.autograd.grad(loss, flat)
-        along = [float(gradient @ coefficients.perturbation(seed, 1.0).double()) for seed in range(probes)]
-        return np.array(along), float(loss)
+        along = [float(gradient @ noise.draw(seed).double()) for seed in range(probes)]
+        return np.array(along), loss.item()
 
 
 def estimate(options: argparse.Namespace) -> None:
@@ -203,9 +203,9 @@ def estimate(options: argparse.Namespace) -> None:
     bases = torch.load(scratch / "bases.pt")
     by_input = {site["input"]: bases[site["name"]] for site in reversed(description["sites"])}
     names = json.dumps([[site["name"] for site in description["sites"]], RANK])
-    llm.collective_rpc("zoact_put", args=("bench", names, "rademacher", save(by_input), None, 0))
+    llm.collective_rpc("zoact_put", args=("bench", names, "rademacher", save(by_input)))
     update = json.dumps(Update(0, TERMS).to_json())
-    (digest,) = llm.collective_rpc("zoact_update", args=("bench", update))
+    (digest,) = llm.collective_rpc("zoact_hold", args=("bench", 1, None, update, []))
     rows = json.loads((scratch / "rows.json").read_text())
     numbers = iter(range(1, 1 << 20))
 

@@ -140,7 +140,8 @@ class Loras:
                 name: torch.linalg.qr(torch.randn(w, options.rank))[0].contiguous() for name, w in layout.inputs.items()
             }
             names = json.dumps([[site.name for site in sites], options.rank])
-            llm.collective_rpc("zoact_put", args=("bench", names, "rademacher", save(basis), None, 0))
+            llm.collective_rpc("zoact_put", args=("bench", names, "rademacher", save(basis)))
+            llm.collective_rpc("zoact_hold", args=("bench", 0, None, None, []))
 
     def __call__(self, count: int) -> list[Any]:
         if not count:

@@ -54,12 +54,12 @@ def attach_slots(loras: Any, model: torch.nn.Module, parts: Callable[[str], Sequ
     wrappers[0].linear_only = True
     deferred.add_layers(pairs(model, manager.modules))
     writer = SlotWriter(manager.modules, parts, wrappers[0].ranks)
-    _fill_on_activation(manager, writer)
+    _fill_on_activation(manager, writer.release)
     return writer
 
 
-def _fill_on_activation(manager: Any, writer: SlotWriter) -> None:
-    """Has this instance of vLLM's manager fill points' slots by kernel, and tell the writer of all others.
+def _fill_on_activation(manager: Any, release: Callable[[int], None]) -> None:
+    """Has this instance of vLLM's manager leave points to their own filling, and say which slots others took.
 
     vLLM copies a LoRA into its slot layer by layer, in Python, and has no door for another way. Which slot, and which
     LoRA has to leave it, stays its own choice: it is made before the copying, for which it is shown no layers.
@@ -72,7 +72,7 @@ def _fill_on_activation(manager: Any, writer: SlotWriter) -> None:
         adapter = manager._registered_adapters[number]
         if not isinstance(adapter, PointLora):
             activate(number)
-            writer.release(manager.lora_index_to_id.index(number))
+            release(manager.lora_index_to_id.index(number))
             return True
         modules, manager.modules = manager.modules, {}
         try:

@@ -227,6 +227,7 @@ def shrink(
         ranks: int32 ``[slots]``, see ``SlotWriter``.
 
     """
+    assert x.is_contiguous()
     tokens, width = x.shape
     slots, _, rank, _ = lora_a[0].shape
     count = most_tiles(tokens, slots)
@@ -253,6 +254,7 @@ def expand(
     ranks: torch.Tensor,
 ) -> None:
     """Adds B (A x) in place to ``y``, ``[tokens, out of all slices]``; ``lora_b``: ``[slots, 1, out, rank]`` each."""
+    assert y.is_contiguous()
     parts, slices, tokens, rank = reduced.shape
     widths = [b.shape[2] for b in lora_b]
     block = 128 if rank <= 32 else 64
@@ -275,6 +277,7 @@ def activate(
     ranks: torch.Tensor,
 ) -> None:
     """Writes silu(gate) * up of ``y + B (A x)`` into ``h``, ``[tokens, width]``; ``y`` is gate and up side by side."""
+    assert y.is_contiguous()
     parts, _, tokens, rank = reduced.shape
     block = 64
     grid = (most_tiles(tokens, lora_b[0].shape[0]), triton.cdiv(h.shape[1], block))

@@ -49,9 +49,13 @@ def _point(number: int, fill: Callable[[int], None]) -> PointLora:
 def test_points_are_written_where_the_manager_puts_them(manager: Any) -> None:
     filled: list[tuple[int, int]] = []
     released: list[int] = []
-    _fill_on_activation(manager, SimpleNamespace(release=released.append))
+    _fill_on_activation(manager, released.append)
+
+    def filler(number: int) -> Callable[[int], None]:
+        return lambda slot: filled.append((number, slot))
+
     for number in (1, 2, 3):
-        manager.add_adapter(_point(number, lambda slot, number=number: filled.append((number, slot))))
+        manager.add_adapter(_point(number, filler(number)))
     for number in (1, 2, 2, 1, 3):
         manager.activate_adapter(number)
     # Points 1 and 2 find free slots; the least recently used of them, 2, makes room for 3.
@@ -68,7 +72,7 @@ def test_a_point_that_cannot_be_written_takes_no_slot(manager: Any) -> None:
     def fail(slot: int) -> None:
         raise RuntimeError("no such version")
 
-    _fill_on_activation(manager, SimpleNamespace(release=None))
+    _fill_on_activation(manager, lambda slot: None)
     manager.add_adapter(_point(1, fail))
     with pytest.raises(RuntimeError, match="no such version"):
         manager.activate_adapter(1)

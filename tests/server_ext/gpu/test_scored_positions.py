@@ -74,7 +74,8 @@ def runner(monkeypatch: pytest.MonkeyPatch) -> Runner:
 
 
 def _sums(runner: Runner, parts: dict[int, tuple[int, int]]) -> torch.Tensor:
-    return runner.sample(*runner.batch(parts), None)[0].logprobs_tensors.logprobs
+    logprobs: torch.Tensor = runner.sample(*runner.batch(parts), None)[0].logprobs_tensors.logprobs
+    return logprobs
 
 
 def test_sums_are_added_to_their_requests_candidates(runner: Runner) -> None:

@@ -49,7 +49,7 @@ def test_a_term_left_to_the_activation_is_the_term(
     added, left = y.clone(), y.clone()
     wrapper.lora_linear(added, x, lora_a, lora_b, *batch, ranks, counts)
     gate, up = added.double()[:, :WIDTH], added.double()[:, WIDTH:]
-    reader = activation.TermedSiluAndMul.__new__(activation.TermedSiluAndMul)
+    reader: torch.nn.Module = object.__new__(activation.TermedSiluAndMul)
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
     wrapper.lora_linear(left, x, lora_a, lora_b, *batch, ranks, counts)
     assert torch.equal(left, y)
@@ -61,7 +61,7 @@ def test_a_term_left_to_the_activation_is_the_term(
 
 def test_a_padded_batch_leaves_no_term(batch: tuple[torch.Tensor, torch.Tensor], deferred: activation.Deferred) -> None:
     lora_b = [torch.ones(SLOTS, 1, WIDTH, RANK, device=DEVICE, dtype=DTYPE) for _ in range(2)]
-    reader = activation.TermedSiluAndMul.__new__(activation.TermedSiluAndMul)
+    reader: torch.nn.Module = object.__new__(activation.TermedSiluAndMul)
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
     x, y = (torch.ones(TOKENS, n, device=DEVICE, dtype=DTYPE) for n in (INPUTS, 2 * WIDTH))
     lora_a = [torch.ones(SLOTS, 1, RANK, INPUTS, device=DEVICE, dtype=DTYPE)] * 2
@@ -75,7 +75,7 @@ def test_a_padded_batch_leaves_no_term(batch: tuple[torch.Tensor, torch.Tensor],
 def test_a_term_that_nobody_takes_up_is_an_error(deferred: activation.Deferred) -> None:
     y = torch.ones(1, 2 * WIDTH, device=DEVICE)
     lora_b = [torch.ones(1, 1, WIDTH, RANK, device=DEVICE)] * 2
-    reader = activation.TermedSiluAndMul.__new__(activation.TermedSiluAndMul)
+    reader: torch.nn.Module = object.__new__(activation.TermedSiluAndMul)
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
     assert deferred.take_in(y, y, lora_b, y, y, y, tokens=1)
     with pytest.raises(RuntimeError, match="did not follow"):
