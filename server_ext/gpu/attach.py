@@ -12,6 +12,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 
 from server_ext.gpu.activation import deferred, pairs
+from server_ext.gpu.lora import MAX_SLICES
 from server_ext.gpu.scored_positions import score_positions
 from server_ext.gpu.slots import SlotWriter
 from server_ext.gpu.wrapper import GroupedPunicaWrapper
@@ -42,16 +43,16 @@ def attach_slots(loras: Any, model: torch.nn.Module, parts: Callable[[str], Sequ
     """
     manager = loras._adapter_manager
     wrappers = list(manager.punica_wrapper_mapping.values())
-    linear = all(isinstance(module, BaseLinearLayerWithLoRA) for module in manager.modules.values())
+    ours = all(isinstance(m, BaseLinearLayerWithLoRA) and m.n_slices <= MAX_SLICES for m in manager.modules.values())
     if (
         len(wrappers) != 1
         or not isinstance(wrappers[0], GroupedPunicaWrapper)
-        or not linear
+        or not ours
         or loras.lora_config.fully_sharded_loras
         or envs.VLLM_LORA_ENABLE_DUAL_STREAM
     ):
         return None
-    wrappers[0].linear_only = True
+    wrappers[0].alone = True
     deferred.add_layers(pairs(model, manager.modules))
     writer = SlotWriter(manager.modules, parts, wrappers[0].ranks)
     _fill_on_activation(manager, writer.release)

@@ -201,7 +201,7 @@ class SlotWriter:
         self.ranks = ranks
         self._modules = modules
         self._places = find_places(modules, parts)
-        self._any = next(iter(self._places.values())).lora_b
+        self._like = next(iter(self._places.values())).lora_b
         self._tables: WeakKeyDictionary[AdapterState, _Tables] = WeakKeyDictionary()
         self._holders: dict[int, ref[AdapterState]] = {}
 
@@ -226,7 +226,7 @@ class SlotWriter:
         tables = self._tables.get(state)
         if tables is None:
             tables = self._tables[state] = _Tables(state.layout, state.basis, self._places)
-        rank, slot_rank = state.layout.rank, self._any.shape[3]
+        rank, slot_rank = state.layout.rank, self._like.shape[3]
         holder = self._holders.get(slot)
         if holder is None or holder() is not state:
             self._take(slot, state, tables)
@@ -236,7 +236,7 @@ class SlotWriter:
             tables.b_shapes,
             tables.b_offsets,
             flat,
-            self._any,
+            self._like,
             epsilon,
             slot,
             _signed(seed & 0xFFFFFFFF),
@@ -263,13 +263,13 @@ class SlotWriter:
             # Sites that this adapter leaves alone must not show what the slot held before.
             for module in self._modules.values():
                 module.reset_lora(slot)
-        rank, slot_rank = state.layout.rank, self._any.shape[3]
+        rank, slot_rank = state.layout.rank, self._like.shape[3]
         _fill_a[(len(tables.a_programs),)](
             tables.a_programs,
             tables.a_targets,
             tables.a_bases,
             tables.a_shapes,
-            self._any,
+            self._like,
             slot,
             RANK=rank,
             SLOT_RANK=slot_rank,

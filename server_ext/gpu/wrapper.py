@@ -30,8 +30,8 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
 
     Attributes:
         ranks: see ``SlotWriter``; every slot starts as one for LoRAs of vLLM's own.
-        linear_only: whether every LoRA layer is a linear one. The metadata for the others' kernels, which cost vLLM
-            10 ms of Python a batch of 16,384 tokens, are then left out.
+        alone: whether every LoRA layer is served by these kernels. The metadata of vLLM's own, a loop over the batch's
+            tokens in Python, are then left out.
 
     """
 
@@ -47,7 +47,7 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
         self._slots = self._batch[3 * tiles + max_num_batched_tokens :]
         self._counts = torch.zeros(2, dtype=torch.int32, device="cpu")
         self.ranks = torch.full((self.max_loras,), STOCK, dtype=torch.int32, device=device)
-        self.linear_only = False
+        self.alone = False
 
     def update_metadata(
         self,
@@ -57,7 +57,7 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
         vocab_size: int,
         **kwargs: Any,
     ) -> None:
-        if not self.linear_only:
+        if not self.alone:
             super().update_metadata(mapping, lora_index_to_id, max_loras, vocab_size, **kwargs)
         tokens = len(mapping.index_mapping)
         slots = slots_of(np.fromiter(mapping.index_mapping, np.int64, tokens), lora_index_to_id)
@@ -70,7 +70,7 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
         batch[first : first + tokens] = slots
         self._batch.copy_(async_tensor_h2d(batch, self._batch.device), non_blocking=True)
         self._counts[TOKENS], self._counts[WITH_SLOT] = tokens, int((slots >= 0).sum())
-        if self.linear_only:
+        if self.alone:
             self._token_lora_indices[:tokens].copy_(self._slots[:tokens])
             self.indices_len[0] = tokens
 
