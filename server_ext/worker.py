@@ -25,6 +25,7 @@ from vllm.lora.request import LoRARequest
 
 from server_ext.basis import RangeFinder, make_finders
 from server_ext.cpu_kernels import use_grouped_kernels
+from server_ext.gpu.platform import wanted as gpu_kernels_wanted
 from server_ext.inputs import make_sites
 from server_ext.schemas import BasisSpec
 from server_ext.store import AdapterStore, Point
@@ -34,6 +35,8 @@ from zoact_remote.wire import Update
 
 POINT_PATH = "zoact-point:"
 CALIBRATION_PATH = "zoact-calibration:"
+SCORE_FROM = "zoact_score_from"
+"""A request's extra argument: the first scored token, see ``server_ext.gpu.scored_positions``."""
 
 
 def split_columns(dtype: torch.dtype) -> bool:
@@ -70,8 +73,15 @@ class ZoActWorker:
 
         # vLLM has no door for LoRA weights that are not files, so this instance's loader learns of two more sources.
         loras._load_adapter = load_adapter
+        self.zoact_slots, sums = None, False
         if self.device.type == "cpu":
             use_grouped_kernels(self.zoact_manager.punica_wrapper_mapping.values())
+        elif gpu_kernels_wanted():
+            # Triton is not on every machine.
+            from server_ext.gpu.attach import attach_scores, attach_slots
+
+            self.zoact_slots = attach_slots(loras, self.model_runner.get_model(), self._zoact_parts)
+            sums = attach_scores(self.model_runner)
         layers = [
             (name, layer.base_layer.input_size, out)
             for module, layer in self.zoact_manager.modules.items()
@@ -82,6 +92,7 @@ class ZoActWorker:
             {
                 "sites": [site.to_json() for site in self.zoact_sites],
                 "max_rank": loras.lora_config.max_lora_rank // (2 if split_columns(self.zoact_dtype) else 1),
+                "sums": sums,
             }
         )
 
@@ -111,6 +122,10 @@ class ZoActWorker:
         """A point as the LoRA that vLLM's slots take."""
         state = self.zoact_store[point.key]
         coefficients = state[point.version]
+        if self.zoact_slots is not None:
+            from server_ext.gpu.attach import PointLora
+
+            return PointLora(number, partial(self._zoact_write, point, self.zoact_slots), self.device)
         dtype = self.zoact_dtype
         if split_columns(dtype) and point.epsilon:
             flats = [coefficients.flat, coefficients.noise.draw(point.seed, point.epsilon)]
@@ -125,11 +140,20 @@ class ZoActWorker:
             layers[site.name] = LoRALayerWeights(site.name, rank, rank, lora_a[site.input], lora_b)
         return LoRAModel(number, rank, layers)
 
+    def _zoact_write(self, point: Point, slots: Any, slot: int) -> None:
+        """Fills a slot with a point."""
+        state = self.zoact_store[point.key]
+        slots.write(slot, state, state[point.version].flat, point.seed, point.epsilon)
+
     # Calibration. Each row runs as a request of its own under a LoRA of its own, all zeros, so that the token-to-LoRA
     # mapping that vLLM keeps for its kernels says of every token in a mixed batch which row it belongs to, if any.
 
     def zoact_zero_lora(self, number: int) -> LoRAModel:
         """A LoRA that changes nothing: vLLM wants weights for one layer at least."""
+        if self.zoact_slots is not None:
+            from server_ext.gpu.attach import PointLora
+
+            return PointLora(number, self.zoact_slots.clear, self.device)
         site, dtype = self.zoact_sites[0], self.zoact_dtype
         lora_a, lora_b = torch.zeros(1, site.in_features, dtype=dtype), torch.zeros(site.out_features, 1, dtype=dtype)
         return LoRAModel(number, 1, {site.name: LoRALayerWeights(site.name, 1, 1, lora_a, lora_b)})

@@ -25,6 +25,7 @@ _ROW = re.compile(r"^rows\[(\d+)\]")
 
 REQUEST_TOO_LARGE = "request_too_large"
 
+
 class Scorer(Protocol):
     """What can be evaluated on rows; an :class:`~zoact_remote.adapter.Adapter` is one."""
 

@@ -25,7 +25,7 @@ from server_ext.model_digest import checkpoint_directory, model_digest
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
-from server_ext.worker import CALIBRATION_PATH, point_path
+from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
 from zoact_remote.layout import Layout, Site
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
@@ -50,6 +50,7 @@ class VllmEngine:
         self._tokenizer = client.get_tokenizer()
         self.sites = tuple(Site(**site) for site in description["sites"])
         self.max_rank = int(description["max_rank"])
+        self._sums = bool(description["sums"])
         self.model = Model(
             name=config.served_model_name or config.model,
             digest=model_digest(checkpoint_directory(config.model)),
@@ -144,26 +145,37 @@ class VllmEngine:
         await self._call("zoact_drop", key)
 
     async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
-        return await asyncio.gather(*(self._score(point, context) for context in contexts))
+        lora = self.lora_request(point)
+        return await asyncio.gather(*(self._score(lora, context) for context in contexts))
 
-    async def _score(self, point: Point | None, context: Context) -> ContextScore:
+    async def _score(self, lora: LoRARequest | None, context: Context) -> ContextScore:
         inner = context.tokens[context.start :]
         parameters = SamplingParams(
             max_tokens=1,
             temperature=0.0,
             logprob_token_ids=list(context.candidates),
-            prompt_logprobs=0 if inner else None,
+            **self._score_inner(context),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # These parameters are this request's alone; vLLM's deep copy of them costs as much as scheduling it.
+            skip_clone=True,
         )
-        output: Any = await self._request(context.tokens, parameters, self.lora_request(point))
+        output: Any = await self._request(context.tokens, parameters, lora)
         # Lists by position of log-probabilities by token; vLLM leaves them out where none were asked for.
         after: Any = output.outputs[0].logprobs
-        before: Any = output.prompt_logprobs
+        before: Any = () if self._sums else output.prompt_logprobs
         return ContextScore(
-            tuple(before[i][token].logprob for i, token in enumerate(inner, context.start)),
+            tuple(before[i][token].logprob for i, token in enumerate(inner, context.start)) if before else (),
             tuple(after[0][token].logprob for token in context.candidates),
         )
+
+    def _score_inner(self, context: Context) -> dict[str, Any]:
+        """What asks for the tokens that are scored beside the candidates: one by one, or added to the candidates."""
+        if context.start == len(context.tokens):
+            return {}
+        if self._sums:
+            return {"extra_args": {SCORE_FROM: context.start}, "skip_reading_prefix_cache": True}
+        return {"prompt_logprobs": 0}
 
     async def generate(
         self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None

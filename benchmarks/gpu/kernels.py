@@ -1,0 +1,138 @@
+"""Times of the kernels alone: filling a slot, and a layer's low-rank term beside stock vLLM's.
+
+    python benchmarks/gpu/kernels.py
+
+Llama-3-8B geometry. Slots: all layers of the model, for each rank and distribution. Layers: one of each kind on a batch
+of 16,384 tokens of 8 probes, 32 slots. Medians of Triton's ``do_bench``; the floor counts x once and y twice at 3 TB/s.
+"""
+
+from __future__ import annotations
+
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from triton.testing import do_bench
+from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
+
+from server_ext.gpu import lora
+from server_ext.gpu.slots import STOCK, SlotWriter
+from server_ext.gpu.tiles import most_tiles, tiles_of
+from server_ext.noise import Noise
+from server_ext.store import AdapterState
+from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import DISTRIBUTIONS, Distribution
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+LAYERS = {
+    "q, k, v": (4096, (4096, 1024, 1024)),
+    "o": (4096, (4096,)),
+    "gate, up": (4096, (14336, 14336)),
+    "down": (14336, (4096,)),
+}
+"""Inputs and outputs of a block's layers."""
+BLOCKS, SLOTS, PROBES, TOKENS, RANK = 32, 32, 8, 16384, 16
+BYTES_A_MS = 3e9
+
+
+def main() -> None:
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
+    print("| rank | noise | slot, ms | slot and basis, ms | 32 slots, wall, ms |\n| --- | --- | --- | --- | --- |")
+    for rank in (4, 16, 64):
+        for distribution in DISTRIBUTIONS:
+            fill(rank, distribution)
+    print("\n| layer | floor, ms | stock shrink + expand | ours |\n| --- | --- | --- | --- |")
+    for name, (inputs, outputs) in LAYERS.items():
+        term(name, inputs, outputs)
+
+
+def timed(call: Any) -> float:
+    return float(do_bench(call, warmup=20, rep=60, return_mode="median"))
+
+
+def fill(rank: int, distribution: Distribution) -> None:
+    modules, parts, sites = {}, {}, []
+    for block in range(BLOCKS):
+        for name, (inputs, outputs) in LAYERS.items():
+            module = f"{block}.{name}"
+            modules[module] = lora_layer(inputs, outputs, slots=2, rank=2 * rank)
+            parts[module] = [f"{module}.{i}" for i in range(len(outputs))]
+            for part, width in zip(parts[module], outputs, strict=True):
+                sites.append(Site(len(sites), part, module, inputs, width))
+    layout = Layout(tuple(sites), rank)
+    basis = {name: torch.randn(width, rank) for name, width in layout.inputs.items()}
+    states = [AdapterState(Noise(layout, distribution, DEVICE), basis) for _ in range(2)]
+    flat = torch.randn(layout.size, device=DEVICE) * 0.05
+    ranks = torch.full((2,), STOCK, dtype=torch.int32, device=DEVICE)
+    writer = SlotWriter(modules, parts.__getitem__, ranks)
+
+    def both() -> None:
+        for state in states:
+            writer.write(0, state, flat, 7, 2.0**-7)
+
+    both()
+    with_basis = timed(both) / 2
+    alone = timed(lambda: writer.write(0, states[1], flat, 7, 2.0**-7))
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for seed in range(32):
+        writer.write(0, states[1], flat, seed, 2.0**-7)
+    torch.cuda.synchronize()
+    wall = (time.perf_counter() - started) * 1e3
+    print(f"| {rank} | {distribution} | {alone:.3f} | {with_basis:.3f} | {wall:.1f} |", flush=True)
+
+
+def term(name: str, inputs: int, outputs: tuple[int, ...]) -> None:
+    x, y = (torch.randn(TOKENS, width, device=DEVICE, dtype=DTYPE) for width in (inputs, sum(outputs)))
+    stock_layer = lora_layer(inputs, outputs, SLOTS, RANK)
+    meta = LoRAKernelMeta.make(SLOTS, TOKENS, device=DEVICE)
+    meta.prepare_tensors(torch.repeat_interleave(torch.arange(PROBES, device=DEVICE), TOKENS // PROBES))
+    batch = meta.meta_args(TOKENS, False)
+    buffer = torch.empty(len(outputs), TOKENS, RANK, device=DEVICE)
+    stock = (
+        timed(lambda: lora_shrink(x, list(stock_layer.lora_a_stacked), buffer, *batch, 1.0)),
+        timed(
+            lambda: lora_expand(buffer, list(stock_layer.lora_b_stacked), y, *batch, offset_start=0, add_inputs=True)
+        ),
+    )
+    layer = lora_layer(inputs, outputs, SLOTS, 2 * RANK)
+    lora_a, lora_b = layer.lora_a_stacked, layer.lora_b_stacked
+    order, tiles = tiles_of(np.repeat(np.arange(PROBES, dtype=np.int32), TOKENS // PROBES), SLOTS)
+    table = torch.full((most_tiles(TOKENS, SLOTS), 3), -1, dtype=torch.int32)
+    table[: len(tiles)] = torch.from_numpy(tiles)
+    ranks = torch.full((SLOTS,), RANK, dtype=torch.int32, device=DEVICE)
+    where = table.to(DEVICE), torch.from_numpy(order).to(DEVICE), ranks
+    reduced = lora.shrink(x, lora_a, *where)
+    first = timed(lambda: lora.shrink(x, lora_a, *where))
+    second = timed(lambda: lora.expand(y, reduced, lora_b, *where))
+    note = ""
+    if len(outputs) == 2:
+        h = torch.empty(TOKENS, outputs[0], device=DEVICE, dtype=DTYPE)
+        fused = timed(lambda: lora.activate(y, h, reduced, lora_b, *where))
+        plain = timed(lambda: torch.ops._C.silu_and_mul(h, y))
+        note = f"; in the activation {fused:.3f}, which alone takes {plain:.3f}"
+    floor = TOKENS * 2 * inputs / BYTES_A_MS, TOKENS * 4 * sum(outputs) / BYTES_A_MS
+    cells = (f"{a:.3f} + {b:.3f}" for a, b in (floor, stock, (first, second)))
+    print(f"| {name} | " + " | ".join(cells) + f"{note} |", flush=True)
+
+
+def lora_layer(inputs: int, outputs: tuple[int, ...], slots: int, rank: int) -> Any:
+    """What ``SlotWriter`` looks at in a LoRA layer of vLLM's, with random weights."""
+    layer = SimpleNamespace(
+        lora_a_stacked=tuple(torch.randn(slots, 1, rank, inputs, device=DEVICE, dtype=DTYPE) * 0.01 for _ in outputs),
+        lora_b_stacked=tuple(
+            torch.randn(slots, 1, width, rank, device=DEVICE, dtype=DTYPE) * 0.01 for width in outputs
+        ),
+        base_layer=SimpleNamespace(input_size=inputs),
+        tp_rank=0,
+    )
+    if len(outputs) > 1:
+        layer.output_ids = (0,) * len(outputs)
+    return layer
+
+
+if __name__ == "__main__":
+    main()

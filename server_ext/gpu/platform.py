@@ -1,0 +1,35 @@
+"""vLLM's doors for what a device does its own way: the entry points ``vllm.platform_plugins`` and
+``vllm.general_plugins``.
+
+vLLM chooses the LoRA kernels by platform, so there is a platform: CUDA, with other LoRA kernels. Both doors open only
+where ``VLLM_PLUGINS`` names ``zoact``, as the endpoint plug-in wants it too, and ``ZOACT_GPU_KERNELS`` is 1: the kernels
+have been measured on one GPU, and compared with their references one by one, but not yet as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+
+VARIABLE = "ZOACT_GPU_KERNELS"
+
+
+def platform() -> str | None:
+    """The platform's class by name, or None where it is not asked for or there is no CUDA device."""
+    from vllm.platforms import cuda_platform_plugin
+
+    found = wanted() and cuda_platform_plugin() is not None
+    return "server_ext.gpu.cuda_platform.ZoActCudaPlatform" if found else None
+
+
+def register() -> None:
+    """Puts the activation in vLLM's register, in every process, before a model is made."""
+    from vllm.platforms import current_platform
+
+    if wanted() and current_platform.is_cuda():
+        import server_ext.gpu.activation  # noqa: F401
+
+
+def wanted() -> bool:
+    """Whether the environment asks for the kernels."""
+    named = "zoact" in os.environ.get("VLLM_PLUGINS", "").split(",")
+    return named and os.environ.get(VARIABLE) == "1"

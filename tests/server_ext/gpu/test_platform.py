@@ -1,0 +1,35 @@
+"""The platform is there for those who ask for it on a CUDA device, and for nobody else."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm import platforms
+
+from server_ext.gpu.platform import platform
+
+NAME = "server_ext.gpu.cuda_platform.ZoActCudaPlatform"
+
+
+@pytest.mark.parametrize(
+    ("plugins", "cuda", "expected"),
+    [
+        ("zoact", True, NAME),
+        ("other,zoact", True, NAME),
+        ("zoact", False, None),
+        ("other", True, None),
+        ("zoactive", True, None),
+        (None, True, None),
+    ],
+)
+def test_platform_is_asked_for_by_name(
+    monkeypatch: pytest.MonkeyPatch, plugins: str | None, cuda: bool, expected: str | None
+) -> None:
+    monkeypatch.setattr(platforms, "cuda_platform_plugin", lambda: "vllm.platforms.cuda.CudaPlatform" if cuda else None)
+    if plugins is None:
+        monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    assert platform() == expected
