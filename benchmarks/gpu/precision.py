@@ -59,7 +59,7 @@ def main() -> None:
         bases = reference.bases(rows)
         torch.save(bases, scratch / "bases.pt")
         for kind in KINDS:
-            environment = os.environ | {"VLLM_PLUGINS": "zoact" if kind == "ours" else "none"}
+            environment = os.environ | {"VLLM_PLUGINS": "zoact" if kind == "ours" else "none", "ZOACT_GPU_KERNELS": "1"}
             environment["PYTHONPATH"] = f"{HERE}:{environment.get('PYTHONPATH', '')}"
             command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--scratch", directory]
             subprocess.run(command, env=environment, check=True)

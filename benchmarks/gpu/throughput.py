@@ -52,7 +52,7 @@ def main() -> None:
         return
     rows: list[dict[str, Any]] = []
     for kind in options.kinds:
-        environment = os.environ | {"VLLM_PLUGINS": "zoact" if kind == "ours" else "none"}
+        environment = os.environ | {"VLLM_PLUGINS": "zoact" if kind == "ours" else "none", "ZOACT_GPU_KERNELS": "1"}
         environment["PYTHONPATH"] = f"{HERE}:{environment.get('PYTHONPATH', '')}"
         if options.profile:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -2,7 +2,7 @@
 ``vllm.general_plugins``.
 
 vLLM chooses the LoRA kernels by platform, so there is a platform: CUDA, with other LoRA kernels. Both doors open only
-where ``VLLM_PLUGINS`` names ``zoact``, as the endpoint plug-in wants it too, and ``ZOACT_GPU_KERNELS`` is 1: the kernels
+where ``VLLM_PLUGINS`` names ``zoact``, as the endpoint plug-in needs it too, and ``ZOACT_GPU_KERNELS`` is 1: they
 have been measured on one GPU, and compared with their references one by one, but not yet as a whole.
 """
 
