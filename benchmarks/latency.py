@@ -112,6 +112,9 @@ class TwoCalls:
     def update(self, update: Update) -> UpdateResult:
         return self._adapter.update(update)
 
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
+        return self._adapter.rollback(version, base_version=base_version, key=key)
+
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         return self._adapter.scores(rows, version=version)
 
