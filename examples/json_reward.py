@@ -1,7 +1,12 @@
-"""Teach a small model to answer in valid JSON, by a reward alone: no example of a right answer is shown to it.
+r"""Teach a small model to answer in valid JSON, by a reward alone: no example of a right answer is shown to it.
 
 SmolLM2-135M-Instruct, asked for JSON, mostly writes something near it, such as a comma too many before the last brace.
 Start a server first:  zoact serve MODEL
+
+With vLLM on two CPU cores a step takes 4 s. One run printed, before and after its steps:
+
+    before: mean reward 0.606, 6 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47,\n}'
+    after: mean reward 0.933, 21 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47\n}'
 """
 
 import random

@@ -6,19 +6,17 @@ import math
 import time
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from zoact_remote.callbacks import Callback
+from zoact_remote.charts import Point, thin
 from zoact_remote.report import MEAN_OVER, accuracy_text, running_mean
 
 if TYPE_CHECKING:
-    from zoact_remote.training import History, StepRecord, Trainer
-
-Point: TypeAlias = tuple[float, float]
+    from zoact_remote.history import History, StepRecord
+    from zoact_remote.training import Trainer
 
 WIDTH, HEIGHT, MARGIN = 640, 220, 8
-MOST_POINTS = 400
-"""Points that a curve is drawn with."""
 
 
 class LiveCurve(Callback):
@@ -79,7 +77,7 @@ def curve(history: History, steps: int) -> str:
         return MARGIN + x * (WIDTH - 2 * MARGIN), HEIGHT - MARGIN - y * (HEIGHT - 2 * MARGIN)
 
     def places(points: Sequence[Point]) -> list[Point]:
-        return [at(point) for point in _thin([p for p in points if math.isfinite(p[1])])]
+        return [at(point) for point in thin([p for p in points if math.isfinite(p[1])])]
 
     marks = [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="1.5" fill="#9aa5e8"/>' for x, y in places(dots)]
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places(line))
@@ -101,9 +99,3 @@ def curve(history: History, steps: int) -> str:
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Loss by step" '
         f'style="border:1px solid #8884;border-radius:6px">{"".join(marks)}</svg></div>'
     )
-
-
-def _thin(points: Sequence[Point]) -> Sequence[Point]:
-    """At most ``MOST_POINTS`` of the points, evenly spaced, the last among them."""
-    gap = math.ceil(len(points) / MOST_POINTS) or 1
-    return points[::-1][::gap][::-1]

@@ -13,7 +13,6 @@ delay of one step.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
@@ -24,8 +23,9 @@ import numpy as np
 
 from zoact_remote.errors import InvalidValue, StaleVersion
 from zoact_remote.estimators import Ask, Draw
-from zoact_remote.training import PROBES, History, StepRecord, Trainer
-from zoact_remote.wire import Json, Losses, Update
+from zoact_remote.history import History, StepRecord
+from zoact_remote.training import PROBES, Trainer
+from zoact_remote.wire import Json, Losses, Rollback, Update
 
 
 class PipelinedTrainer(Trainer):
@@ -35,15 +35,17 @@ class PipelinedTrainer(Trainer):
     update before the last one made. Batches and probes are those of a plain run with the same seed. Steps overlap from
     the second on; before an evaluation, and at the end, both updates that are then under way are waited for.
 
-    Nothing but the run may change the adapter meanwhile, not even a callback.
+    Nothing else may change the adapter meanwhile, not even a callback: see :meth:`return_to`.
     """
 
     _earlier: Update | None = None
     """The update before the pending one, until it is known to be applied."""
+    _probed: int | None = None
+    """The version that the step under way has probed; None between steps."""
     _threads: Executor
 
     @cached_property
-    def _calls(self) -> dict[int, tuple[Ask, Future[Losses]]]:
+    def _calls(self) -> dict[int, Future[Losses]]:
         """The steps whose losses have been asked for and not been used."""
         return {}
 
@@ -54,41 +56,23 @@ class PipelinedTrainer(Trainer):
                 return super().run()
             finally:
                 # What is still asked for can be asked for again: an update is applied once.
-                wait([answer for _, answer in self._calls.values()])
+                wait(self._calls.values())
                 self._calls.clear()
 
-    def _step(self) -> StepRecord:
-        started = time.perf_counter()
-        step = self.step
-        self._begin(step, self._earlier)
-        if self.version is not None and step + 1 < self.steps:
-            self._begin(step + 1, self._pending)
-        ask, answer = self._calls[step]
-        losses = answer.result()
-        del self._calls[step]
-        self._check_finite(ask, losses)
-        estimate = self.estimator.tell(losses)
-        learning_rate = self.schedule(step)
-        newest = losses.version + (step > 0)
-        update = self.optimizer.step(estimate, learning_rate, newest)
-        self._earlier, self._pending = self._pending, replace(update, key=f"{self._run}-{step}")
-        self.version = newest + 1
-        self.step += 1
-        return StepRecord(
-            step=step,
-            version=losses.version,
-            loss=estimate.loss,
-            terms=estimate.terms,
-            learning_rate=learning_rate,
-            epsilon=ask.probes[0].epsilon if ask.probes else None,
-            tokens=losses.tokens,
-            seconds=time.perf_counter() - started,
-            server_seconds=losses.timing.total_s,
-        )
+    def return_to(self, version: int) -> None:
+        """See :meth:`Trainer.return_to`; for :meth:`Callback.on_end` alone.
+
+        Raises:
+            RuntimeError: a step is under way, and the next one, which no longer applies, has been asked for.
+
+        """
+        if self._probed is not None:
+            raise RuntimeError("overlapping steps cannot return to a version before the run's end")
+        super().return_to(version)
 
     def flush(self) -> None:
         """Send the updates that wait for later steps, after the calls under way, one of which may carry the first."""
-        wait([answer for _, answer in self._calls.values()])
+        wait(self._calls.values())
         if self._earlier is not None:
             self.adapter.update(self._earlier)
             self._earlier = None
@@ -110,16 +94,39 @@ class PipelinedTrainer(Trainer):
         super().load_state_dict(state)
         self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
 
+    def _step(self) -> StepRecord:
+        try:
+            # To the trainer, a step's losses are of the version that its update will apply to.
+            record = super()._step()
+            assert self._probed is not None
+            return replace(record, version=self._probed)
+        finally:
+            self._probed = None
+
+    def _losses(self, ask: Ask) -> Losses:
+        assert not isinstance(self._pending, Rollback)
+        self._begin(self.step, ask)
+        if self.version is not None and self.step + 1 < self.steps:
+            self._begin(self.step + 1, self.estimator.ask(self._seeds(self.step + 1)))
+        losses = self._calls[self.step].result()
+        del self._calls[self.step]
+        if self._pending is not None:
+            self._earlier, self._pending = self._pending, None
+        self._probed = losses.version
+        self.version = losses.version + (self.step > 0)
+        return replace(losses, version=self.version)
+
     def _seeds(self, step: int) -> Draw:
         words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, step)))
         return lambda: int(words.random_raw())
 
-    def _begin(self, step: int, update: Update | None) -> None:
+    def _begin(self, step: int, ask: Ask) -> None:
         """Ask for a step's losses, unless that has been done: those of the version before the one that is due."""
         if step in self._calls:
             return
-        ask = self.estimator.ask(self._seeds(step))
         version = None if self.version is None else self.version + (step - self.step) - (step > 0)
+        waiting = [u for u in (self._earlier, self._pending) if isinstance(u, Update)]
+        update = next((u for u in waiting if u.base_version + 1 == version), None)
         rows = self.batch(step)
         before = self._calls.get(step - 1)
 
@@ -134,7 +141,7 @@ class PipelinedTrainer(Trainer):
                 if before is None or not overtook:
                     raise
             # It was faster than the call before it, whose update its own builds on.
-            wait([before[1]])
+            wait([before])
             return send()
 
-        self._calls[step] = ask, self._threads.submit(call)
+        self._calls[step] = self._threads.submit(call)

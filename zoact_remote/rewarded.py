@@ -57,7 +57,7 @@ class Writer(Protocol):
         """Apply an update."""
         ...
 
-    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return to a version, as a new one."""
         ...
 
@@ -193,9 +193,9 @@ class Rewarded:
         """Apply an update to the adapter."""
         return self.adapter.update(update)
 
-    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return the adapter to a version."""
-        return self.adapter.rollback(version, base_version=base_version)
+        return self.adapter.rollback(version, base_version=base_version, key=key)
 
     def _judge(
         self, rows: Sequence[Row], sides: Sequence[Side | None], version: int | None, progress: Progress | None = None

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from zoact_remote.errors import InvalidValue
 
 if TYPE_CHECKING:
-    from zoact_remote.training import History, Trainer
+    from zoact_remote.history import History
+    from zoact_remote.training import Trainer
 
 STOP_EVERY_S = 0.05
 

@@ -10,7 +10,8 @@ import pytest
 
 from tests.zoact_remote.test_training import ROWS, Regression, trainer
 from zoact_remote import History, LiveCurve, StepRecord
-from zoact_remote.notebook import MOST_POINTS, curve
+from zoact_remote.charts import MOST_POINTS
+from zoact_remote.notebook import curve
 
 
 class Screen:

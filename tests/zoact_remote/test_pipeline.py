@@ -30,6 +30,11 @@ from zoact_remote import (
     UpdateResult,
 )
 
+SETTINGS = (
+    *("estimator", "optimizer", "schedule", "rows", "steps", "batch_size", "seed"),
+    *("eval_rows", "eval_every", "callbacks"),
+)
+
 
 class Remote(Regression):
     """The regression, for several threads, at the end of a line that can be held up.
@@ -82,9 +87,7 @@ class Remote(Regression):
 
 def pipelined(adapter: Regression, **changes: Any) -> PipelinedTrainer:
     plain = trainer(adapter, **changes)
-    names = ("estimator", "optimizer", "schedule", "rows", "steps", "batch_size", "seed")
-    names += ("eval_rows", "eval_every", "callbacks")
-    return PipelinedTrainer(adapter, **{name: getattr(plain, name) for name in names})
+    return PipelinedTrainer(adapter, **{name: getattr(plain, name) for name in SETTINGS})
 
 
 def one_step_stale(steps: int, seed: int = 0) -> list[NDArray[np.float64]]:

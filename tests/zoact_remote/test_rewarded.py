@@ -74,7 +74,7 @@ class Author(Regression):
 
 
 def closeness(row: Row, text: str) -> float:
-    return -((float(text) - row["completion"]) ** 2)
+    return -((float(text) - float(row["completion"])) ** 2)
 
 
 def rewarded(adapter: Author, **options: Any) -> Rewarded:
