@@ -54,8 +54,8 @@ class Watched:
     def update(self, update: Update) -> UpdateResult:
         return self._note(self.adapter.update(update))
 
-    def rollback(self, version: int) -> UpdateResult:
-        return self._note(self.adapter.rollback(version))
+    def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
+        return self._note(self.adapter.rollback(version, base_version=base_version, key=key))
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None, probe: Side | None = None) -> Scores:
         return self.adapter.scores(rows, version=version, probe=probe)

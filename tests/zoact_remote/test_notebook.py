@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.zoact_remote.test_training import ROWS, Regression, trainer
+from tests.zoact_remote.regression import ROWS, Regression, trainer
 from zoact_remote import History, LiveCurve, StepRecord
 from zoact_remote.charts import MOST_POINTS
 from zoact_remote.notebook import curve

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tests.soak.chaos_proxy import bad_network
 from tests.support import CALL_TIMEOUT_S, Servers, new_name
 from tests.support import ROWS as TEXTS
-from tests.zoact_remote.test_training import ROWS, Regression, trainer
+from tests.zoact_remote.regression import ROWS, Regression, trainer
 from zoact_remote import (
     Adam,
     Basis,

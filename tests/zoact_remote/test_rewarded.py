@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.support import Servers, new_adapter
-from tests.zoact_remote.test_training import ROWS, Regression, trainer
+from tests.zoact_remote.regression import ROWS, Regression, trainer
 from zoact_remote import (
     Adam,
     BadRequest,
@@ -25,7 +25,6 @@ from zoact_remote import (
     Trainer,
     TwoPoint,
     Update,
-    UpdateResult,
     evaluate,
 )
 from zoact_remote.wire import Generation
@@ -48,10 +47,6 @@ class Author(Regression):
     def refresh(self) -> Version:
         self.calls.append("refresh")
         return Version(len(self.versions) - 1)
-
-    def rollback(self, version: int, *, base_version: int | None = None) -> UpdateResult:
-        self.versions.append(self.versions[version])
-        return UpdateResult(len(self.versions) - 1, "", True)
 
     def generate(
         self,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import ROWS as TEXTS
 from tests.support import Servers, new_adapter
-from tests.zoact_remote.test_training import Regression, trainer
+from tests.zoact_remote.regression import Regression, trainer
 from zoact_remote import Adam, Basis, Callback, InvalidValue, StepRecord, Trainer, TwoPoint, train_together
 
 
