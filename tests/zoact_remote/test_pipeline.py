@@ -16,8 +16,10 @@ from tests.zoact_remote.regression import ROWS, Regression, trainer
 from zoact_remote import (
     Adam,
     Basis,
+    Callback,
     Client,
     ConnectionFailed,
+    History,
     InvalidValue,
     Losses,
     PipelinedTrainer,
@@ -146,6 +148,43 @@ def test_it_goes_on_after_a_failure(lost: list[int]) -> None:
             failures += 1
     assert failures >= 1
     np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+class Watch(Callback):
+    """Fails at a step's loss, once, or asks for a version that was."""
+
+    def __init__(self, fail_at: int | None = None, return_at: int | None = None, end_at: int | None = None) -> None:
+        self.fail_at, self.return_at, self.end_at = fail_at, return_at, end_at
+
+    def on_loss(self, trainer: Trainer, loss: float) -> None:
+        if trainer.step == self.fail_at:
+            self.fail_at = None
+            raise ZeroDivisionError
+        if trainer.step == self.return_at:
+            trainer.return_to(0)
+
+    def on_end(self, trainer: Trainer, history: History) -> None:
+        if self.end_at is not None:
+            trainer.return_to(self.end_at)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 7, 29])
+def test_a_step_that_a_callback_broke_off_is_done_again(step: int) -> None:
+    adapter = Remote()
+    run = pipelined(adapter, callbacks=[Watch(fail_at=step)])
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    run.run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_it_returns_to_a_version_at_the_end_alone() -> None:
+    adapter = Remote()
+    pipelined(adapter, callbacks=[Watch(end_at=20)]).run()
+    np.testing.assert_array_equal(adapter.versions[:-1], one_step_stale(30))
+    np.testing.assert_array_equal(adapter.versions[-1], adapter.versions[20])
+    with pytest.raises(RuntimeError, match="before the run's end"):
+        pipelined(Remote(), callbacks=[Watch(return_at=5)]).run()
 
 
 def test_someone_else_is_noticed() -> None:
