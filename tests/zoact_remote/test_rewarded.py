@@ -197,3 +197,11 @@ def test_training_for_a_reward_on_a_real_server(servers: Servers) -> None:
         with pytest.raises(BadRequest) as refused:
             run.evaluate([*rows, {"prompt": []}])
         assert refused.value.param == "rows[3].prompt"
+
+
+def test_the_adapter_is_rolled_back() -> None:
+    author = Author()
+    run = rewarded(author)
+    run.update(Update(0, ((7, 0.1),), key="a"))
+    assert run.rollback(0, base_version=1, key="b").version == run.refresh().version == 2
+    np.testing.assert_array_equal(author.versions[2], author.versions[0])
