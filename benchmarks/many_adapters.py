@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
-from server_cost import memory
+from server_cost import WINDOW, memory
 
 from zoact_remote import Adapter, Basis, Client, Update
 from zoact_remote.cli.local_server import LocalServer
@@ -30,8 +30,6 @@ ADAPTERS = (1, 100, 1000)
 ENTRIES = (10, 1000, 10000)
 REPLAYED = 1
 """Updates of every adapter that stand in the journal and in no snapshot."""
-TERMS = 66
-"""Of an update that is timed: as many as Adam's are, at its defaults."""
 TIMED = 21
 
 
@@ -103,7 +101,7 @@ def by_adapters(server: Measured, counts: Sequence[int]) -> None:
             f"| {count:,} | {held:,.0f} | {update_s * 1e3:.0f} | {server.start_s:.1f} | {server.restore_s:.1f} |",
             flush=True,
         )
-    print(f"\nTo replay: {REPLAYED} updates of one term an adapter, and {TIMED} of {TERMS} terms for each row above.")
+    print(f"\nTo replay: {REPLAYED} updates of one term an adapter, and {TIMED} of {WINDOW} terms for each row above.")
     client.close()
     server.kill()
 
@@ -132,7 +130,7 @@ def time_of_update(adapter: Adapter) -> float:
     times = []
     first = adapter.refresh().version
     for version in range(first, first + TIMED):
-        update = Update(version, tuple((seed, 1e-6) for seed in range(version, version + TERMS)))
+        update = Update(version, tuple((seed, 1e-6) for seed in range(version, version + WINDOW)))
         started = time.perf_counter()
         adapter.update(update)
         times.append(time.perf_counter() - started)
