@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -27,10 +26,8 @@ def create_app(engine: Engine, directory: Path) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         gate = Gate(Service(engine, directory), open_tenants(directory))
         app.state.zoact = gate
-        # The server listens meanwhile, and says that it is not ready.
-        restoring = asyncio.create_task(gate.restore())
+        gate.begin()
         yield
-        await restoring
         await gate.drain()
 
     app = FastAPI(title="ZO-Act", lifespan=lifespan)

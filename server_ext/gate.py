@@ -50,6 +50,11 @@ class Gate:
         self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self._restoring: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Begins to bring every adapter back, beside the server, which listens and says that it is not ready."""
+        self._restoring = asyncio.create_task(self.restore())
 
     async def restore(self) -> None:
         """Brings every adapter back; calls are refused until then."""
@@ -64,6 +69,9 @@ class Gate:
             return
         self._draining = True
         log.info("draining", calls=self._calls)
+        if self._restoring is not None:
+            self._restoring.cancel()
+            await asyncio.wait([self._restoring])
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except asyncio.TimeoutError:

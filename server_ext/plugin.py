@@ -61,7 +61,7 @@ class ZoActPlugin:
         gate = Gate(Service(engine, directory), open_tenants(directory, keys))
         state.zoact = gate
         openai_routes.install(self._app, gate, engine, state.openai_serving_models, keys[0] if keys else None)
-        self._restoring = asyncio.create_task(gate.restore())
+        gate.begin()
         drain_first(engine_client, gate)
 
 
