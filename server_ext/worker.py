@@ -54,6 +54,7 @@ class ZoActWorker:
 
     model_runner: Any
     device: torch.device
+    zoact_slots: Any = None
 
     def zoact_attach(self) -> str:
         """Takes its place in the LoRA manager and describes the worker, as JSON."""
@@ -73,7 +74,7 @@ class ZoActWorker:
 
         # vLLM has no door for LoRA weights that are not files, so this instance's loader learns of two more sources.
         loras._load_adapter = load_adapter
-        self.zoact_slots, sums = None, False
+        sums = False
         if self.device.type == "cpu":
             use_grouped_kernels(self.zoact_manager.punica_wrapper_mapping.values())
         elif gpu_kernels_wanted():

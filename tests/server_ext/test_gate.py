@@ -35,7 +35,7 @@ def test_a_server_told_to_end_while_adapters_come_back_loses_none(tiny_model: Pa
             first.check_ready()
         second = gate()
         await second.restore()
-        found = [(adapter.info().state, adapter.version) for adapter in second.service.registry.all()]
+        found: list[tuple[str, int]] = [(a.info().state, a.version) for a in second.service.registry.all()]
         await second.drain()
         return found
 

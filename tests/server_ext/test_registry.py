@@ -202,7 +202,7 @@ class RegistryMachine(RuleBasedStateMachine):
                 self.stage.change(name, change)
             assert stale.value.extra == {"current_version": history.newest}
         elif isinstance(change, Rollback) and change.to_version > history.newest:
-            with pytest.raises(ApiError, match="does not exist"):
+            with pytest.raises(ApiError, match="no version"):
                 self.stage.change(name, change)
         else:
             self.make(name, history, change)

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -63,6 +64,15 @@ class Interrupt(Callback):
         self.ended.append(history.stopped)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as it is in a terminal: where tests run in the background it may be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_stops_every_run_after_its_step() -> None:
     callback = Interrupt()
     adapters = [Regression(), Regression()]

@@ -8,7 +8,7 @@ pytest.importorskip("vllm")
 
 from vllm import platforms
 
-from server_ext.gpu.platform import platform
+from server_ext.gpu.platform import VARIABLE, platform
 
 NAME = "server_ext.gpu.cuda_platform.ZoActCudaPlatform"
 
@@ -28,8 +28,11 @@ def test_platform_is_asked_for_by_name(
     monkeypatch: pytest.MonkeyPatch, plugins: str | None, cuda: bool, expected: str | None
 ) -> None:
     monkeypatch.setattr(platforms, "cuda_platform_plugin", lambda: "vllm.platforms.cuda.CudaPlatform" if cuda else None)
+    monkeypatch.setenv(VARIABLE, "1")
     if plugins is None:
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     assert platform() == expected
+    monkeypatch.delenv(VARIABLE)
+    assert platform() is None
