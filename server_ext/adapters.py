@@ -78,11 +78,6 @@ class Adapter:
         """Versions that the engine must go on to hold."""
         return {self.version, *self._pins, *self._lately}
 
-    def held(self, version: int, digest: str) -> None:
-        """Notes that the engine has taken a version in, and let go of those that were not needed."""
-        kept = {version, *self.needed()}
-        self.digests = {v: d for v, d in self.digests.items() if v in kept} | {version: digest}
-
     def info(self) -> schemas.AdapterInfo:
         return schemas.AdapterInfo(
             name=self.row.name,

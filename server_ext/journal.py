@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TypeAlias
 
+from server_ext.database import connect, transaction
 from server_ext.schemas import BasisInfo
 from zoact_remote.noise import NOISE_VERSION, Distribution
-from zoact_remote.wire import Update
+from zoact_remote.wire import Change, Rollback, change_from_json
 
 SCHEMA_VERSION = 2
 SCHEMA = """
@@ -67,25 +66,6 @@ class AdapterRow:
 
 
 @dataclass(frozen=True)
-class Rollback:
-    """A new version whose coefficients are those of an earlier one.
-
-    Attributes:
-        base_version: the version that it follows.
-        to_version: the version whose coefficients come back.
-        key: idempotency key.
-
-    """
-
-    base_version: int
-    to_version: int
-    key: str | None = None
-
-
-Change: TypeAlias = Update | Rollback
-
-
-@dataclass(frozen=True)
 class Entry:
     """A change that is part of an adapter's history.
 
@@ -111,9 +91,7 @@ class Journal:
     """One SQLite file. Calls block (a commit waits for the disk) and must come from one thread at a time."""
 
     def __init__(self, path: Path) -> None:
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "busy_timeout=5000"):
-            self._db.execute(f"PRAGMA {pragma}")
+        self._db = connect(path)
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if found == 0:
             self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
@@ -175,14 +153,16 @@ class Journal:
             ValueError: the change does not follow the newest version.
 
         """
-        with self._transaction():
+        with transaction(self._db):
             newest = self.newest(adapter)
             if change.base_version != newest:
                 raise ValueError(f"a change of version {change.base_version} cannot follow version {newest}")
             now = datetime.now(timezone.utc).isoformat()
+            # The key has a column of its own.
+            content = json.dumps(replace(change, key=None).to_json())
             self._db.execute(
                 f"INSERT INTO entries (adapter, {ENTRY_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, NULL, ?)",
-                (adapter, newest + 1, _dump(change), NOISE_VERSION, change.key, digest_before, now),
+                (adapter, newest + 1, content, NOISE_VERSION, change.key, digest_before, now),
             )
             # If the disk was full when the newest version's own digest should have been written.
             self._db.execute(
@@ -241,29 +221,9 @@ class Journal:
                 version -= 1
         return version, entries[::-1]
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            # A commit that fails, for a full disk say, leaves the transaction open.
-            self._db.execute("COMMIT")
-        except BaseException:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-
-def _dump(change: Change) -> str:
-    """A change as JSON, without its key, which has a column of its own."""
-    if isinstance(change, Rollback):
-        return json.dumps({"base_version": change.base_version, "to_version": change.to_version})
-    return json.dumps(replace(change, key=None).to_json())
-
 
 def _entry(
     version: int, change: str, noise_version: int, key: str | None, before: str, digest: str | None, time: str
 ) -> Entry:
-    data = json.loads(change)
-    read = Rollback(**data) if "to_version" in data else Update.from_json(data)
-    return Entry(version, replace(read, key=key), noise_version, before, digest, datetime.fromisoformat(time))
+    content = replace(change_from_json(json.loads(change)), key=key)
+    return Entry(version, content, noise_version, before, digest, datetime.fromisoformat(time))

@@ -23,14 +23,14 @@ from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid, storage_failed
-from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
+from server_ext.journal import AdapterRow, Entry, Journal
 from server_ext.logs import log
 from server_ext.snapshots import Snapshots
 from server_ext.store import Point
 from zoact_remote.digest import basis_digest
 from zoact_remote.files import PARTIAL
 from zoact_remote.layout import Layout, select_sites
-from zoact_remote.wire import Update
+from zoact_remote.wire import Change, Rollback, Update
 
 T = TypeVar("T")
 
@@ -190,13 +190,15 @@ class Registry:
         assert adapter.digest is not None
         version = await self._on_disk(self._journal.append, adapter.row.key, change, adapter.digest)
         try:
-            digest = await self._hold(adapter, version)
+            base = change.to_version if isinstance(change, Rollback) else change.base_version
+            digest = await self._make(adapter, version, base, change)
         except Exception as error:
             # The change stands in the journal, so it happened; whoever replays it has it.
             adapter.failure = str(error)
             raise
         adapter.version = version
         adapter.largest = largest
+        await self._note_digest(adapter.row.key, version, digest)
         if version % self._snapshots.every == 0:
             self._start_snapshot(adapter)
         return schemas.UpdateResult(version=version, digest=digest, applied=True)
@@ -290,8 +292,7 @@ class Registry:
         if start not in adapter.digests:
             await self._make(adapter, start, flat, None)
         for entry in entries:
-            update = entry.change if isinstance(entry.change, Update) else None
-            digest = await self._make(adapter, entry.version, start, update)
+            digest = await self._make(adapter, entry.version, start, entry.change)
             if entry.digest is None:
                 await self._note_digest(key, entry.version, digest)
             elif entry.digest != digest and adapter.row.distribution == "rademacher":
@@ -315,8 +316,10 @@ class Registry:
             snapshots.remove(start)
 
     async def _make(
-        self, adapter: Adapter, version: int, base: int | NDArray[np.float32] | None, update: Update | None
+        self, adapter: Adapter, version: int, base: int | NDArray[np.float32] | None, change: Change | None
     ) -> str:
+        """Has the engine take in a version. To what it goes back to, a rollback adds nothing."""
+        update = change if isinstance(change, Update) else None
         keep = adapter.needed()
         digest = await self._engine.hold(adapter.row.key, version, base, update, keep)
         adapter.digests = {v: d for v, d in adapter.digests.items() if v in keep} | {version: digest}

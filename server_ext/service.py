@@ -22,7 +22,7 @@ from server_ext.engines.base import CalibrationRow, Engine
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
-from server_ext.journal import AdapterRow, Change, Entry, Rollback
+from server_ext.journal import AdapterRow, Entry
 from server_ext.registry import SNAPSHOT_EVERY, Registry
 from server_ext.rows import (
     Context,
@@ -39,7 +39,7 @@ from server_ext.store import Point
 from server_ext.tenants import Caller
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION
-from zoact_remote.wire import Update
+from zoact_remote.wire import Change, Rollback, Update
 
 BYTES_PER_COEFFICIENT = 4
 PIECES_AT_ONCE = 8

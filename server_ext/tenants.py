@@ -22,6 +22,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from server_ext.database import connect, transaction
 from server_ext.errors import ApiError, storage_failed
 from server_ext.schemas import TENANT, TenantLimits
 from zoact_remote import toml
@@ -92,9 +93,7 @@ class Tenants:
         self._operators = list(operators)
         self._fixed = {tenant.name: tenant for tenant in fixed}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            self._db.execute(f"PRAGMA {pragma}")
+        self._db = connect(path)
         self._db.executescript(SCHEMA)
         self._by_name = dict(self._fixed)
         self._read()
@@ -131,10 +130,6 @@ class Tenants:
     def all(self) -> list[Tenant]:
         """Every tenant, by name."""
         return sorted(self._by_name.values(), key=lambda tenant: tenant.name)
-
-    def limits(self, tenant: str) -> TenantLimits:
-        """A tenant's limits; none for a name that has no account, whose adapters only the operator can make."""
-        return self._by_name[tenant].limits if tenant in self._by_name else OPERATOR.limits
 
     def add(self, name: str, limits: TenantLimits) -> str:
         """Adds a tenant and returns its key, which is not kept.
@@ -185,8 +180,7 @@ class Tenants:
     def _change(self) -> Iterator[None]:
         """A change that is made as a whole; ApiError (503) if the disk fails, and nothing has changed."""
         try:
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
+            with transaction(self._db):
                 yield
         except sqlite3.OperationalError as error:
             raise storage_failed(error) from error

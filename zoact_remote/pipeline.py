@@ -19,12 +19,10 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from zoact_remote.errors import InvalidValue, StaleVersion
-from zoact_remote.estimators import Ask, Draw
+from zoact_remote.estimators import Ask
 from zoact_remote.history import History, StepRecord
-from zoact_remote.training import PROBES, Trainer
+from zoact_remote.training import Trainer
 from zoact_remote.wire import Json, Losses, Rollback, Update
 
 
@@ -107,7 +105,7 @@ class PipelinedTrainer(Trainer):
         assert not isinstance(self._pending, Rollback)
         self._begin(self.step, ask)
         if self.version is not None and self.step + 1 < self.steps:
-            self._begin(self.step + 1, self.estimator.ask(self._seeds(self.step + 1)))
+            self._begin(self.step + 1, self.estimator.ask(self._draw(self.step + 1)))
         losses = self._calls[self.step].result()
         del self._calls[self.step]
         if self._pending is not None:
@@ -115,10 +113,6 @@ class PipelinedTrainer(Trainer):
         self._probed = losses.version
         self.version = losses.version + (self.step > 0)
         return replace(losses, version=self.version)
-
-    def _seeds(self, step: int) -> Draw:
-        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, step)))
-        return lambda: int(words.random_raw())
 
     def _begin(self, step: int, ask: Ask) -> None:
         """Ask for a step's losses, unless that has been done: those of the version before the one that is due."""

@@ -35,7 +35,7 @@ from zoact_remote.evaluation import Evaluation, Scorer, evaluate
 from zoact_remote.history import History, StepRecord
 from zoact_remote.optimizers import Optimizer
 from zoact_remote.schedules import Schedule, constant
-from zoact_remote.wire import Json, Losses, Probe, Rollback, Row, Update, UpdateResult
+from zoact_remote.wire import Change, Json, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
@@ -129,7 +129,7 @@ class Trainer:
         """What the schedule's learning rates are multiplied by."""
         self.run_id = uuid.uuid4().hex
         """Names the run; a resumed one keeps it."""
-        self._pending: Update | Rollback | None = None
+        self._pending: Change | None = None
         self._unfinished = False
         """Whether the last step in the history still lacks its evaluation, if one is due, and its callbacks."""
         self._fresh = optimizer.state_dict()
@@ -188,7 +188,7 @@ class Trainer:
         started = time.perf_counter()
         if isinstance(self._pending, Rollback):  # losses carry updates alone
             self.flush()
-        ask = self.estimator.ask(self._draw())
+        ask = self.estimator.ask(self._draw(self.step))
         losses = self._losses(ask)
         problem = _not_finite(ask, losses)
         estimate = self.estimator.tell(losses) if problem is None else Estimate((), math.nan)
@@ -302,7 +302,7 @@ class Trainer:
         self.rate_scale = state["rate_scale"]
         self.step = state["step"]
         self.version = state["version"]
-        self._pending = None if state["pending"] is None else _change(state["pending"])
+        self._pending = None if state["pending"] is None else change_from_json(state["pending"])
         self._unfinished = state["unfinished"] is not None
         self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
 
@@ -310,9 +310,9 @@ class Trainer:
     def _rows_digest(self) -> str:
         return rows_digest(self.rows)
 
-    def _draw(self) -> Draw:
+    def _draw(self, step: int) -> Draw:
         # Raw words of the bit generator, whose stream NumPy keeps from version to version.
-        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, self.step)))
+        words = np.random.PCG64(np.random.SeedSequence(self.seed, spawn_key=(PROBES, step)))
         return lambda: int(words.random_raw())
 
     def _evaluation_is_due(self) -> bool:
@@ -335,10 +335,6 @@ def rows_digest(rows: Iterable[Row]) -> str:
     for row in rows:
         sha.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
     return "sha256:" + sha.hexdigest()
-
-
-def _change(data: Mapping[str, Any]) -> Update | Rollback:
-    return Rollback(**data) if "to_version" in data else Update.from_json(data)
 
 
 def _not_finite(ask: Ask, losses: Losses) -> str | None:

@@ -15,10 +15,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server_ext.journal import AdapterRow, Change, Entry, Journal, Rollback
+from server_ext.journal import AdapterRow, Entry, Journal
 from server_ext.schemas import BasisInfo
 from tests.strategies import updates
 from zoact_remote import Update
+from zoact_remote.wire import Change, Rollback
 
 BEFORE = "sha256:before"
 CREATED = datetime(2026, 7, 1, 12, 30, 15, 123456, tzinfo=timezone.utc)

@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from server_ext import basis_files
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
-from server_ext.journal import Change, Rollback
 from server_ext.registry import Registry
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
 from server_ext.service import Service
@@ -38,6 +37,7 @@ from zoact_remote import Update
 from zoact_remote.digest import coefficients_digest
 from zoact_remote.layout import Layout
 from zoact_remote.replay import apply_update
+from zoact_remote.wire import Change, Rollback
 
 T = TypeVar("T")
 

@@ -93,7 +93,7 @@ def test_accounts_outlast_the_process(path: Path) -> None:
         assert tenants.all() == before
         assert [tenant_of(tenants, key) for key in keys.values()] == ["nobody", "umbra", "nobody"]
         assert tenant_of(tenants, replaced) == "acme"
-        assert tenants.limits("umbra") == TenantLimits(max_rows=1)
+        assert {tenant.name: tenant.limits for tenant in tenants.all()}["umbra"] == TenantLimits(max_rows=1)
         assert tenant_of(tenants, "anything") == "nobody"
 
 

@@ -96,8 +96,7 @@ def one_step_stale(steps: int, seed: int = 0) -> list[NDArray[np.float64]]:
     """The versions of a run with one step of staleness, step by step."""
     adapter, plain = Regression(), trainer(Regression(), seed=seed)
     for step in range(steps):
-        plain.step = step
-        ask = plain.estimator.ask(plain._draw())
+        ask = plain.estimator.ask(plain._draw(step))
         losses = adapter.losses(plain.batch(step), ask.probes, version=max(0, step - 1))
         update = plain.optimizer.step(plain.estimator.tell(losses), 0.03, step)
         adapter.update(Update(step, update.terms, key=str(step)))
@@ -236,8 +235,7 @@ def test_a_real_server_and_a_bad_network(servers: Servers) -> None:
         adapter.calibrate(TEXTS)
         plain = Trainer(adapter, TwoPoint(), Adam(), 0.01, TEXTS, steps=12, batch_size=2)
         for step in range(12):
-            plain.step = step
-            ask = plain.estimator.ask(plain._draw())
+            ask = plain.estimator.ask(plain._draw(step))
             losses = adapter.losses(plain.batch(step), ask.probes, version=max(0, step - 1))
             adapter.update(plain.optimizer.step(plain.estimator.tell(losses), 0.01, step))
         assert adapter.refresh().digest == digest

@@ -26,12 +26,25 @@ from zoact_remote.wire.answers import (
     Timing,
     UpdateResult,
 )
-from zoact_remote.wire.values import Basis, Json, Normaliser, Probe, Rollback, Row, Side, Term, Update
+from zoact_remote.wire.values import (
+    Basis,
+    Change,
+    Json,
+    Normaliser,
+    Probe,
+    Rollback,
+    Row,
+    Side,
+    Term,
+    Update,
+    change_from_json,
+)
 
 __all__ = [
     "AdapterInfo",
     "Basis",
     "BasisResult",
+    "Change",
     "Generation",
     "Info",
     "JournalEntry",
@@ -50,4 +63,5 @@ __all__ = [
     "Timing",
     "Update",
     "UpdateResult",
+    "change_from_json",
 ]

@@ -201,10 +201,18 @@ class Rollback:
 
     base_version: int
     to_version: int
-    key: str
+    key: str | None = None
 
     def to_json(self) -> Json:
         return asdict(self)
+
+
+Change: TypeAlias = Update | Rollback
+
+
+def change_from_json(data: Mapping[str, Any]) -> Change:
+    """What :meth:`Update.to_json` or :meth:`Rollback.to_json` wrote."""
+    return Rollback(**data) if "to_version" in data else Update.from_json(data)
 
 
 @dataclass(frozen=True)
