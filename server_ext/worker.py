@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
@@ -245,10 +246,14 @@ class Calibration:
         positions = (positions[0] if positions.ndim == 2 else positions)[: len(slots)]
         self._masks = (positions < prompts, (prompts >= 0) & (positions >= prompts - 1))
 
-    def _before_layer(self, finder: RangeFinder, layer: torch.nn.Module, args: Any) -> None:
-        if self._masks is not None:
-            activations = args[0].reshape(-1, finder.width)[: len(self._masks[0])]
-            finder.add(activations, *self._masks)
+    def _before_layer(self, finder: RangeFinder, layer: Any, args: Any) -> None:
+        if self._masks is None:
+            return
+        activations = args[0]
+        if getattr(layer.base_layer, "input_is_parallel", False):
+            # Every tensor-parallel rank has columns of its own; all ranks come by here for the same batches.
+            activations = tensor_model_parallel_all_gather(activations.contiguous())
+        finder.add(activations.reshape(-1, finder.width)[: len(self._masks[0])], *self._masks)
 
 
 def _output_sizes(layer: Any) -> Sequence[int]:

@@ -136,7 +136,10 @@ class VllmEngine:
     ) -> str:
         start = save({"flat": torch.from_numpy(base)}) if isinstance(base, np.ndarray) else base
         content = None if update is None else json.dumps(update.to_json())
-        return str(await self._call("zoact_hold", key, version, start, content, list(keep)))
+        digests = await self._client.collective_rpc("zoact_hold", args=(key, version, start, content, list(keep)))
+        if len(set(digests)) != 1:
+            raise RuntimeError(f"vLLM's workers disagree on version {version} of {key}: {digests}")
+        return str(digests[0])
 
     async def read(self, key: str, version: int) -> NDArray[np.float32]:
         return load(await self._call("zoact_read", key, version))["flat"].numpy()
@@ -210,7 +213,7 @@ class VllmEngine:
         return LoRARequest(point.name, number, point_path(point))
 
     async def _call(self, method: str, *args: Any) -> Any:
-        """Calls every worker and returns the first one's answer, which the others share."""
+        """Calls every worker and returns the first one's answer, which stands for all."""
         return (await self._client.collective_rpc(method, args=args))[0]
 
 
