@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zoact_remote import metrics
 from zoact_remote.errors import BadRequest, InvalidValue
-from zoact_remote.tasks import Task
+from zoact_remote.tasks import Example, Task
 from zoact_remote.threads import side_by_side
 from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
 
@@ -86,6 +86,19 @@ class Evaluation:
     token_f1: float | None = None
     number_match: float | None = None
     texts: tuple[str, ...] = ()
+
+    def figure(self, name: str) -> float:
+        """One of the figures in :data:`zoact_remote.metrics.FIGURES`.
+
+        Raises:
+            InvalidValue: there is no such figure here.
+
+        """
+        value: float | None = getattr(self, name) if name in metrics.FIGURES else None
+        if value is None:
+            there = [name for name in metrics.FIGURES if getattr(self, name) is not None]
+            raise InvalidValue("metric", f"must be one of {', '.join(there)} for these rows, got {name!r}")
+        return value
 
     def to_json(self) -> Json:
         """The figures, without those of single rows. Those of generated text are left out where there is none."""
@@ -193,14 +206,26 @@ def evaluate_task(
         BadRequest: as :func:`evaluate`.
 
     """
-    examples = task.examples(records)
-    found = evaluate(adapter, [example.row for example in examples], version=version, progress=progress)
+    return evaluate_examples(adapter, task, task.examples(records), version=version, progress=progress)
+
+
+def evaluate_examples(
+    adapter: Generator,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    version: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """As :func:`evaluate_task`, of what the records became."""
+    rows = [example.row for example in examples]
+    found = evaluate(adapter, rows, version=version, progress=progress)
     if task.metric not in metrics.OF_TEXT:
         return found
     assert task.max_tokens is not None
     texts = generate_texts(
         adapter,
-        [example.row for example in examples],
+        rows,
         max_tokens=task.max_tokens,
         stop=task.stop,
         version=found.version,

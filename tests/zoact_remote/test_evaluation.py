@@ -167,6 +167,14 @@ def test_choices_that_differ_by_row_are_not_calibrated() -> None:
     assert found.macro_f1 is None
 
 
+def test_figures_by_name() -> None:
+    found = evaluate(Table(), [choice(0, -1.0, -2.0), choice(1, -1.0, -3.0)])
+    assert (found.figure("accuracy"), found.figure("loss")) == (0.5, 2.0)
+    for name in ("perplexity", "exact_match", "version"):
+        with pytest.raises(InvalidValue, match=f"^metric: must be one of accuracy, macro_f1, loss .*'{name}'"):
+            found.figure(name)
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(InvalidValue, match="rows"):
         evaluate(Table(), [])
