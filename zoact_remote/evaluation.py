@@ -43,6 +43,7 @@ class Generator(Scorer, Protocol):
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
     ) -> Generation:
         """The likeliest text, token by token."""
@@ -227,7 +228,7 @@ def evaluate_examples(
         adapter,
         rows,
         max_tokens=task.max_tokens,
-        stop=task.stop,
+        stop=task.stop or (),
         version=found.version,
         progress=progress,
     )
@@ -245,7 +246,7 @@ def generate_texts(
     rows: Sequence[Row],
     *,
     max_tokens: int,
-    stop: str | None = None,
+    stop: str | Sequence[str] = (),
     version: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
@@ -255,7 +256,7 @@ def generate_texts(
         adapter: what to ask.
         rows: of a prompt or of messages; the answers in them are not shown to the model.
         max_tokens: most tokens to generate.
-        stop: texts are cut off before it.
+        stop: texts end before any of these strings.
         version: None for the newest; 0 is the base model.
         progress: called after each text with the texts done and the texts in all.
 
@@ -268,8 +269,7 @@ def generate_texts(
         row = rows[i]
         asked = {"messages": row["messages"][:-1]} if "messages" in row else {"prompt": row["prompt"]}
         with renamed(f"rows[{i}].{{}}".format):
-            text = adapter.generate(**asked, max_tokens=max_tokens, version=version).text
-        return text.partition(stop)[0] if stop else text
+            return adapter.generate(**asked, max_tokens=max_tokens, stop=stop, version=version).text
 
     texts: list[str] = []
     for text in side_by_side(ask, range(len(rows))):

@@ -73,6 +73,7 @@ class Author:
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
     ) -> Generation:
         asked = prompt if messages is None else messages[-1]["content"]
@@ -83,7 +84,8 @@ class Author:
         if asked not in self.texts:
             raise BadRequest("max_tokens: at most 3 tokens fit", status=400, param="max_tokens")
         self._others.set()
-        return Generation(3, self.texts[asked][:max_tokens], (), "stop")
+        text = self.texts[asked][:max_tokens]
+        return Generation(3, text.partition(stop)[0] if isinstance(stop, str) else text, (), "stop")
 
 
 def choice(answer: int, *logprobs: float, words: Sequence[str] = (" no", " yes")) -> dict[str, Any]:

@@ -98,10 +98,11 @@ class Watched:
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
     ) -> Generation:
         self.bar.doing("generating")
-        return self.adapter.generate(prompt, messages=messages, max_tokens=max_tokens, version=version)
+        return self.adapter.generate(prompt, messages=messages, max_tokens=max_tokens, stop=stop, version=version)
 
     def update(self, update: Update) -> UpdateResult:
         return self.adapter.update(update)
