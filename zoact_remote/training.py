@@ -135,6 +135,8 @@ class Trainer:
         """Steps done."""
         self.version: int | None = None
         """The version that the next call expects, once a carried update is applied; None before the first."""
+        self.probed: int | None = None
+        """The version that the newest losses are of; for :meth:`Callback.on_loss`."""
         self.rate_scale = 1.0
         """What the schedule's learning rates are multiplied by."""
         self.run_id = uuid.uuid4().hex
@@ -236,7 +238,8 @@ class Trainer:
         losses = self.adapter.losses(
             self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
         )
-        self.version, self._pending = losses.version, None
+        self.version = self.probed = losses.version
+        self._pending = None
         return losses
 
     def flush(self) -> None:
