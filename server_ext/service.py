@@ -245,7 +245,7 @@ class Service:
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed)
+            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
         return schemas.Generation(
             version=version,
             text=text.text,

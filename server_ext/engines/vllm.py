@@ -181,20 +181,27 @@ class VllmEngine:
         return {"prompt_logprobs": 0}
 
     async def generate(
-        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+        self,
+        point: Point | None,
+        tokens: Tokens,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        stop: Sequence[str],
     ) -> GeneratedText:
         # Text is made here from all tokens, as the reference engine does: vLLM, which streams, holds back a character
-        # that is cut off at the end.
+        # that is cut off at the end. It looks for stop strings in the text that it makes itself.
         parameters = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            detokenize=False,
+            stop=list(stop),
+            detokenize=bool(stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return GeneratedText(tuple(completion.token_ids), text, completion.finish_reason == "stop")
+        return GeneratedText.cut(tuple(completion.token_ids), text, completion.finish_reason == "stop", stop)
 
     async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
         prompt = TokensPrompt(prompt_token_ids=list(tokens))

@@ -307,6 +307,8 @@ def test_generate(adapter: Adapter, server: responses.RequestsMock) -> None:
     assert "prompt" not in sent(server)
     assert adapter.generate("2 + 2 =").token_ids == (19,)
     assert "messages" not in sent(server)
+    stops: list[str | tuple[str, ...]] = ["\n\n", ("a", "bc")]
+    assert [(adapter.generate("2", stop=stop), sent(server)["stop"])[1] for stop in stops] == [["\n\n"], ["a", "bc"]]
     with pytest.raises(InvalidValue):
         adapter.generate()
     with pytest.raises(InvalidValue):
