@@ -59,6 +59,22 @@ class GeneratedText:
     stopped: bool
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Places in a batch, each for one point.
+
+    Attributes:
+        number: of slots; 0 for an engine without.
+        filled: those that hold a point or another LoRA.
+        misses: how often a request's point was held in none, nor in the memory behind them, since the engine started.
+
+    """
+
+    number: int = 0
+    filled: int = 0
+    misses: int = 0
+
+
 class Engine(Protocol):
     """Holds the model, and evaluates it at points of many adapters' coefficient spaces.
 
@@ -151,4 +167,8 @@ class Engine(Protocol):
         self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
     ) -> GeneratedText:
         """Continues a sequence, greedily at temperature 0."""
+        ...
+
+    async def slots(self) -> Slots:
+        """How its slots are used."""
         ...
