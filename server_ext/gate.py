@@ -83,6 +83,8 @@ class Gate:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except asyncio.TimeoutError:
             log.warning("calls cut off", calls=sum(self._calls.values()))
+        if self._reading_slots is not None:
+            self._reading_slots.cancel()
         await self.service.registry.close()
         self.tenants.close()
         log.info("drained")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Literal, ParamSpec
@@ -89,12 +89,8 @@ class Metrics:
         self._slots_filled = self._gauge("slots_filled", "Of these, those that hold a point or another LoRA.")
         self._misses = self._counter("slot_misses", "Points whose weights were made, as vLLM held none for a request.")
 
-        self._append = prometheus.Histogram(
-            "zoact_journal_append_seconds",
-            "Until a change was on disk, the wait for the journal's thread included.",
-            buckets=DISK_SECONDS,
-            registry=self.registry,
-        )
+        about = "Until a change was on disk, the wait for the journal's thread included."
+        self._append = self._histogram("journal_append", about, buckets=DISK_SECONDS)
         self._replayed = self._counter("replayed_entries", "Journal entries replayed, at start and after.", "when")
         self._restore = self._gauge("restore_seconds", "What bringing every adapter back took at the last start.")
 
@@ -209,10 +205,9 @@ class Metrics:
         return prometheus.Counter(f"zoact_{name}_total", about, labels, registry=self.registry)
 
     def _gauge(self, name: str, about: str, *labels: str) -> prometheus.Gauge:
-        newest: Literal["mostrecent"] = "mostrecent"
-        return prometheus.Gauge(f"zoact_{name}", about, labels, registry=self.registry, multiprocess_mode=newest)
+        return prometheus.Gauge(f"zoact_{name}", about, labels, registry=self.registry, multiprocess_mode="mostrecent")
 
-    def _histogram(self, name: str, about: str, *labels: str) -> prometheus.Histogram:
-        return prometheus.Histogram(
-            f"zoact_{name}_seconds", about, labels, registry=self.registry, buckets=CALL_SECONDS
-        )
+    def _histogram(
+        self, name: str, about: str, *labels: str, buckets: Sequence[float] = CALL_SECONDS
+    ) -> prometheus.Histogram:
+        return prometheus.Histogram(f"zoact_{name}_seconds", about, labels, registry=self.registry, buckets=buckets)

@@ -32,7 +32,7 @@ from server_ext.tenants import OPERATOR as OPERATOR_CALLER
 from server_ext.tenants import Tenants
 from tests.server_ext.support import Figures, layout_of
 from tests.support import CALL_TIMEOUT_S, KEY, ROWS, SLOTS, Server
-from zoact_remote import Adapter, Basis, Client, Probe, StaleVersion
+from zoact_remote import Adapter, Basis, Client, Probe, RateLimited, StaleVersion
 from zoact_remote import Update as ClientUpdate
 
 PROBES = [Probe(seed, 0.1) for seed in range(3)]
@@ -117,10 +117,13 @@ def test_figures_are_the_operators(server_with_key: Server) -> None:
         return requests.get(f"{url}/metrics", headers={"authorization": f"Bearer {key}"}, timeout=CALL_TIMEOUT_S)
 
     with server_with_key.client(api_key=KEY) as operator:
-        keys = {name: operator.tenants.add(name) for name in ("metered-a", "metered-b")}
+        limits = {"requests_per_minute": 2}
+        keys = {name: operator.tenants.add(name, limits) for name in ("metered-a", "metered-b")}
         for name, key in keys.items():
             with server_with_key.client(api_key=key) as client:
                 client.create_adapter(f"{name}/secret-name").delete()
+                with pytest.raises(RateLimited):
+                    client.info()
         for key in (*keys.values(), "wrong", ""):
             answer = ask(key)
             assert answer.status_code == (403 if key in keys.values() else 401)
@@ -128,7 +131,8 @@ def test_figures_are_the_operators(server_with_key: Server) -> None:
             assert not any(name in answer.text for name in keys)
         figures = Figures.of(server_with_key, KEY)
         for name in keys:
-            assert figures("zoact_refusals_total", tenant=name, code="operator_only") == 1
+            for code in ("rate_limited", "operator_only"):
+                assert figures("zoact_refusals_total", tenant=name, code=code) == 1
             operator.tenants.remove(name)
         assert figures("zoact_refusals_total", tenant=NOBODY, code="invalid_api_key") >= 2
 
