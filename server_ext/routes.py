@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response, status
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server_ext import schemas
 from server_ext.errors import ApiError
@@ -190,11 +190,10 @@ async def ready(request: Request) -> None:
 
 @metrics.get("/metrics", response_class=Response)
 async def show_metrics(request: Request) -> Response:
-    """What the server counts, as Prometheus reads it, for the operator. vLLM has this route itself."""
+    """What the server counts, in Prometheus' text format, for the operator. vLLM has this route itself."""
     gate = await _gate(request)
     caller = request.state.zoact_caller = gate.tenants.identify(request.headers.get("authorization", ""))
     if caller.tenant is not None:
         raise ApiError(403, "operator_only", "/metrics is for the operator's key")
     await gate.measure()
-    encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(gate.service.metrics.registry), media_type=media_type)
+    return Response(generate_latest(gate.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
