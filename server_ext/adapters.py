@@ -7,12 +7,14 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from server_ext import schemas
 from server_ext.journal import AdapterRow
 from server_ext.store import Point
 from zoact_remote.layout import Layout
 
+BYTES_PER_COEFFICIENT = 4
 OLD_VERSIONS_KEPT = 2
 """Past versions of an adapter that the engine goes on to hold after they were last used."""
 
@@ -53,6 +55,11 @@ class Adapter:
         return self.digests.get(self.version)
 
     @property
+    def state(self) -> Literal["new", "ready", "failed"]:
+        """Before calibration ``new``; ``failed`` if it could not be restored."""
+        return "failed" if self.failure else "new" if self.row.basis.digest is None else "ready"
+
+    @property
     def in_use(self) -> bool:
         """Whether any version is pinned."""
         return bool(self._pins)
@@ -89,5 +96,5 @@ class Adapter:
             basis=self.row.basis,
             digest=self.digest,
             created=self.row.created,
-            state="failed" if self.failure else "new" if self.row.basis.digest is None else "ready",
+            state=self.state,
         )

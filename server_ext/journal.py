@@ -64,6 +64,11 @@ class AdapterRow:
     basis: BasisInfo
     created: datetime
 
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.name.partition("/")[0]
+
 
 @dataclass(frozen=True)
 class Entry:

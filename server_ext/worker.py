@@ -63,10 +63,12 @@ class ZoActWorker:
         self.zoact_manager = loras._adapter_manager
         self.zoact_store = AdapterStore(self.device)
         self.zoact_dtype = loras.lora_config.lora_dtype
+        self.zoact_misses = 0
         stock_load = loras._load_adapter
 
         def load_adapter(request: LoRARequest) -> LoRAModel:
             if request.lora_path.startswith(POINT_PATH):
+                self.zoact_misses += 1
                 point = Point(**json.loads(request.lora_path.removeprefix(POINT_PATH)))
                 return self.zoact_lora(request.lora_int_id, point)
             if request.lora_path.startswith(CALIBRATION_PATH):
@@ -119,6 +121,11 @@ class ZoActWorker:
     def zoact_drop(self, key: str) -> None:
         """Forgets an adapter."""
         self.zoact_store.drop(key)
+
+    def zoact_slot_use(self) -> tuple[int, int, int]:
+        """The fields of ``Slots``."""
+        slots = self.zoact_manager.lora_index_to_id
+        return len(slots), sum(number is not None for number in slots), self.zoact_misses
 
     def zoact_lora(self, number: int, point: Point) -> LoRAModel:
         """A point as the LoRA that vLLM's slots take."""

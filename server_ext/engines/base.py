@@ -80,6 +80,22 @@ def text_before(text: str, stop: Sequence[str]) -> str | None:
     return text[: sum(min(ends))] if ends else None
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Places in a batch, each for one point.
+
+    Attributes:
+        number: of slots; 0 for an engine without.
+        filled: those that hold a point or another LoRA.
+        misses: how often a request's point was held in none, nor in the memory behind them, since the engine started.
+
+    """
+
+    number: int = 0
+    filled: int = 0
+    misses: int = 0
+
+
 class Engine(Protocol):
     """Holds the model, and evaluates it at points of many adapters' coefficient spaces.
 
@@ -178,4 +194,8 @@ class Engine(Protocol):
         stop: Sequence[str],
     ) -> GeneratedText:
         """Continues a sequence, greedily at temperature 0, until a token completes a stop string."""
+        ...
+
+    async def slots(self) -> Slots:
+        """How its slots are used."""
         ...

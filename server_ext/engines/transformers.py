@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from server_ext.basis import Basis, RangeFinder, make_finders
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model, text_before
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, text_before
 from server_ext.inputs import make_sites
 from server_ext.model_digest import checkpoint_directory, model_digest
 from server_ext.rows import Context, ContextScore, Tokens
@@ -121,6 +121,9 @@ class TransformersEngine:
         stop: Sequence[str],
     ) -> GeneratedText:
         return await self._run(self._generate, point, tokens, max_tokens, temperature, seed, stop)
+
+    async def slots(self) -> Slots:
+        return Slots()
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args))

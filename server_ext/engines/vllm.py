@@ -20,7 +20,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.model_digest import checkpoint_directory, model_digest
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
@@ -202,6 +202,9 @@ class VllmEngine:
         completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return GeneratedText.cut(tuple(completion.token_ids), text, completion.finish_reason == "stop", stop)
+
+    async def slots(self) -> Slots:
+        return Slots(*await self._call("zoact_slot_use"))
 
     async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
         prompt = TokensPrompt(prompt_token_ids=list(tokens))

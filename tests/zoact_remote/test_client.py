@@ -15,6 +15,7 @@ from responses import matchers
 
 from zoact_remote import (
     Adapter,
+    AuthenticationError,
     Basis,
     Client,
     Conflict,
@@ -108,6 +109,14 @@ def test_info(client: Client, server: responses.RequestsMock) -> None:
     assert (info.model, info.engine, info.noise_version) == ("tiny", "transformers", 1)
     assert info.sites[1].name == "layers.0.down_proj"
     assert info.limits.max_terms == 4096
+
+
+def test_metrics_are_text_beside_the_calls(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{URL}/metrics", body="zoact_slots 8.0\n")
+    assert client.metrics() == "zoact_slots 8.0\n"
+    server.replace("GET", f"{URL}/metrics", status=403, json={"error": {"code": "operator_only"}})
+    with pytest.raises(AuthenticationError):
+        client.metrics()
 
 
 def test_wait_until_ready(client: Client, server: responses.RequestsMock) -> None:
