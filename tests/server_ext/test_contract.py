@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from server_ext.model_digest import model_digest
 from tests.server_ext.support import Lora, Reference, layout_of
 from tests.support import ROWS, Server, new_adapter, trained_adapter
 from zoact_remote import Basis, Client, Conflict, Normaliser, NotFound, Probe, Side, StaleVersion, Update
 from zoact_remote.digest import coefficients_digest
+from zoact_remote.model_digest import model_digest
 from zoact_remote.replay import direction, replay
 
 PROBES = [Probe(2**64 - 1, 2**-4), Probe(17, 2**-5, "plus")]

@@ -232,7 +232,7 @@ def test_a_journal_of_another_format_is_refused(path: Path, found: int) -> None:
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA user_version={found}")
     db.close()
-    with pytest.raises(ValueError, match=f"format {found}; this release reads format 2"):
+    with pytest.raises(ValueError, match=f"format {found}; this release reads format 3"):
         Journal(path)
 
 
