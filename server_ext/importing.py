@@ -186,13 +186,14 @@ def _fold(halves: Mapping[Site, tuple[Flat, Flat]], scaling: float, max_rank: in
         stacks.setdefault(site.input, {})[a.tobytes()] = a
     ranks = {name: min(sum(map(len, stack.values())), _width(stack)) for name, stack in stacks.items()}
     rank = max(ranks.values())
-    most = min(max_rank, *(_width(stack) for stack in stacks.values()))
-    if rank > most:
+    narrowest = min(map(_width, stacks.values()))
+    if rank > min(max_rank, narrowest):
         widest = max(ranks, key=lambda name: ranks[name])
+        limit = f"max_rank ({max_rank})" if rank > max_rank else f"the width of the narrowest input ({narrowest})"
         raise invalid(
             f"{CONFIG}: r",
             f"the layers that read the input of {widest} have {len(stacks[widest])} different A's, which take a basis "
-            f"of rank {rank}; here it may be at most {most} (max_rank, and the width of the narrowest input)",
+            f"of rank {rank}, beyond {limit}",
         )
     layout = Layout(tuple(halves), rank)
     basis, mixes = {}, {}
