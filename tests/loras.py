@@ -44,9 +44,9 @@ def lora_files(halves: Halves, dtype: torch.dtype = torch.float32, **config: Any
         "target_modules": sorted({layer.rpartition(".")[2] for layer in halves}),
     }
     tensors = {
-        half_name(layer, half): torch.from_numpy(matrix.copy()).to(dtype)
-        for layer, pair in halves.items()
-        for half, matrix in zip(("A", "B"), pair, strict=True)
+        name: torch.from_numpy(matrix.copy()).to(dtype)
+        for layer, (half_a, half_b) in halves.items()
+        for name, matrix in ((half_name(layer, "A"), half_a), (half_name(layer, "B"), half_b))
     }
     return {CONFIG: json.dumps(about | config).encode(), TENSORS: save(tensors)}
 

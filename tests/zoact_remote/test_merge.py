@@ -146,7 +146,7 @@ def test_what_cannot_be_merged_is_refused(
 ) -> None:
     halves: Any = HALVES
     if damage is _too_large:
-        halves = HALVES | {"a.o_proj": (np.full((1, 40), 100, np.float32), np.ones((8, 1), np.float32))}
+        halves = {**HALVES, "a.o_proj": (np.full((1, 40), 100, np.float32), np.ones((8, 1), np.float32))}
     damage(checkpoint)
     with pytest.raises(InvalidValue, match=message):
         merge.merge(checkpoint, halves, tmp_path / "merged")
