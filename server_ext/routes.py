@@ -55,7 +55,6 @@ health = APIRouter(prefix=f"{PREFIX}/health", route_class=PlainRoute, tags=["hea
 ADAPTER = "/adapters/{tenant}/{adapter}"
 TENANT = "/tenants/{tenant}"
 TAR = "application/x-tar"
-BINARY = {"type": "string", "format": "binary"}
 
 
 @router.get("/info")
