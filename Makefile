@@ -25,7 +25,7 @@ test-fast: $(VENV)/test
 check: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy zoact_remote server_ext tests
+	$(BIN)/mypy zoact_remote server_ext tests examples benchmarks
 
 clean:
 	rm -rf $(VENV)

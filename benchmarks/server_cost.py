@@ -10,13 +10,14 @@ number of sequences through the base model on the same server.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def plain_vllm(model: str, directory: Path) -> Iterator[tuple[str, psutil.Proces
     """vLLM as it is, with the flags that ``zoact serve`` gives it but for LoRA and the extension."""
     port = free_port()
     ours = vllm_command(
-        model, host="127.0.0.1", port=port, state=directory, dtype=None, max_rank=8, slots=1, api_key=None,
+        model, host="127.0.0.1", port=port, state=directory, dtype=None, max_rank=8, slots=1, api_key=None, keys=None,
         extra=FLAGS, on_cpu=True, environment=os.environ, plugins=[],
     )  # fmt: skip
     lora = next(i for i, argument in enumerate(ours.arguments) if argument == "--enable-lora")
@@ -108,7 +109,7 @@ def extended(arguments: list[str], state: Path) -> Iterator[tuple[Client, psutil
         server.stop()
 
 
-def warm_plain(url: str, rows: list[Row]) -> None:
+def warm_plain(url: str, rows: Sequence[Row]) -> None:
     """The same sequences that a server with the extension sees."""
     for step in range(STEPS):
         prompts = [row["prompt"] for row in batch(rows, step)] * 2
@@ -116,7 +117,7 @@ def warm_plain(url: str, rows: list[Row]) -> None:
         requests.post(f"{url}/v1/completions", json=body, timeout=600).raise_for_status()
 
 
-def steps(client: Client, rows: list[Row], count: int) -> dict[str, list[float]]:
+def steps(client: Client, rows: Sequence[Row], count: int) -> dict[str, list[float]]:
     """Seconds by part of training steps as the Trainer makes them, and of the baseline between them."""
     adapter = client.create_adapter("bench/cost")
     adapter.calibrate(rows[:64])
@@ -127,10 +128,10 @@ def steps(client: Client, rows: list[Row], count: int) -> dict[str, list[float]]
     # Updates of full length from the first step on: as many past probes as Adam's window holds.
     for seed in range(WINDOW):
         optimizer.step(Estimate(((seed, 1.0),), 0.0), 1e-6, 0)
-    update = None
+    update, seeds = None, itertools.count(WINDOW)
     for step in range(count):
         started = time.perf_counter()
-        ask = estimator.ask(lambda step=step: WINDOW + step)
+        ask = estimator.ask(lambda: next(seeds))
         losses = adapter.losses(batch(rows, step), ask.probes, update=update)
         update = optimizer.step(estimator.tell(losses), 1e-6, losses.version)
         whole = time.perf_counter() - started
@@ -145,14 +146,14 @@ def steps(client: Client, rows: list[Row], count: int) -> dict[str, list[float]]
     return times
 
 
-def batch(rows: list[Row], step: int) -> list[Row]:
+def batch(rows: Sequence[Row], step: int) -> list[Row]:
     return [rows[(step * BATCH + i) % len(rows)] for i in range(BATCH)]
 
 
 def memory(process: psutil.Process) -> float:
     """MiB that a process and its children hold, shared pages counted once (proportional set size)."""
     family = [process, *process.children(recursive=True)]
-    return sum(member.memory_full_info().pss for member in family) / MIB
+    return float(sum(member.memory_full_info().pss for member in family)) / MIB
 
 
 if __name__ == "__main__":

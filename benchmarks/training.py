@@ -13,11 +13,13 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from zoact_remote import Client
 from zoact_remote.cli.local_server import LocalServer
-from zoact_remote.tasks import load_jsonl
+from zoact_remote.tasks import Record, load_jsonl
 
 TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
 TICKETS_TO_TRAIN_ON = 384
@@ -59,9 +61,7 @@ def main() -> None:
             server.stop()
 
 
-def split(
-    directory: Path, name: str, training: list[dict[str, object]], held_out: list[dict[str, object]]
-) -> list[str]:
+def split(directory: Path, name: str, training: Sequence[Record], held_out: Sequence[Record]) -> list[str]:
     """Writes two files and returns the arguments that name them."""
     paths = [directory / f"{name}-{part}.jsonl" for part in ("train", "eval")]
     for path, records in zip(paths, (training, held_out), strict=True):
@@ -69,14 +69,14 @@ def split(
     return [str(paths[0]), "--eval", str(paths[1])]
 
 
-def train(url: str, arguments: list[str], directory: Path) -> dict[str, object]:
+def train(url: str, arguments: list[str], directory: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "zoact_remote.cli", "train", *arguments, "--url", url, "--json"]
     done = subprocess.run([*command, "--out", str(directory / "out")], stdout=subprocess.PIPE, check=True)
-    result: dict[str, object] = json.loads(done.stdout)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 
-def row(task: str, result: dict[str, object]) -> str:
+def row(task: str, result: dict[str, Any]) -> str:
     results, steps, seconds = result["results"], result["steps"], result["seconds"]
     accuracies = [results[name]["accuracy"] for name in ("zero_shot", "label_calibrated_zero_shot", "tuned")]
     cells = [task, str(steps), *(f"{a:.3f}" for a in accuracies), f"{seconds / 60:.1f}", f"{seconds / steps:.2f}"]

@@ -7,12 +7,14 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 from server_ext import schemas
 from server_ext.journal import AdapterRow
 from server_ext.store import Point
 from zoact_remote.layout import Layout
 
+BYTES_PER_COEFFICIENT = 4
 OLD_VERSIONS_KEPT = 2
 """Past versions of an adapter that the engine goes on to hold after they were last used."""
 
@@ -51,6 +53,11 @@ class Adapter:
     def digest(self) -> str | None:
         """Of the newest coefficients; None before calibration."""
         return self.digests.get(self.version)
+
+    @property
+    def state(self) -> Literal["new", "ready", "failed"]:
+        """Before calibration ``new``; ``failed`` if it could not be restored."""
+        return "failed" if self.failure else "new" if self.row.basis.digest is None else "ready"
 
     @property
     def in_use(self) -> bool:
@@ -94,5 +101,5 @@ class Adapter:
             digest=self.digest,
             imported_digest=self.row.imported_digest,
             created=self.row.created,
-            state="failed" if self.failure else "new" if self.row.basis.digest is None else "ready",
+            state=self.state,
         )

@@ -11,13 +11,13 @@ from fastapi import FastAPI
 
 from server_ext.engines.base import Engine
 from server_ext.gate import Gate
-from server_ext.routes import health, router
+from server_ext.routes import health, metrics, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
 
 
 def create_app(engine: Engine, directory: Path) -> FastAPI:
-    """A FastAPI app that serves ``/zoact/v1`` and ``/health``, with its state in a directory.
+    """A FastAPI app that serves ``/zoact/v1``, ``/health`` and ``/metrics``, with its state in a directory.
 
     Keys are those that the environment names (:func:`server_ext.tenants.open_tenants`).
     """
@@ -33,6 +33,7 @@ def create_app(engine: Engine, directory: Path) -> FastAPI:
     app = FastAPI(title="ZO-Act", lifespan=lifespan)
     app.include_router(router)
     app.include_router(health)
+    app.include_router(metrics)
 
     @app.get("/health")
     async def alive() -> None:

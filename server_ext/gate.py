@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from structlog.contextvars import bound_contextvars
 from server_ext import schemas
 from server_ext.errors import ApiError
 from server_ext.logs import log
+from server_ext.metrics import NOBODY, OPERATOR
 from server_ext.rate import RateLimit
 from server_ext.service import Service
 from server_ext.tenants import Caller, Tenants
@@ -28,6 +30,8 @@ from server_ext.tenants import Caller, Tenants
 REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
 DRAIN_S = 30.0
+SLOTS_WITHIN_S = 1.0
+"""An engine says how its slots are used between two steps, which may take longer."""
 
 _UNION_TAGS = {"CompletionRow", "ChoicesRow", "ChatRow", "str", "body", "query", "path"}
 
@@ -47,10 +51,11 @@ class Gate:
         self.rate = RateLimit()
         self._ready = False
         self._draining = False
-        self._calls = 0
+        self._calls: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
         self._restoring: asyncio.Task[None] | None = None
+        self._reading_slots: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """Begins to bring every adapter back, beside the server, which listens and says that it is not ready."""
@@ -61,21 +66,25 @@ class Gate:
         started = time.perf_counter()
         await self.service.registry.restore()
         self._ready = True
-        log.info("ready", adapters=len(self.service.registry.all()), seconds=round(time.perf_counter() - started, 3))
+        seconds = time.perf_counter() - started
+        self.service.metrics.restored(seconds)
+        log.info("ready", adapters=len(self.service.registry.all()), seconds=round(seconds, 3))
 
     async def drain(self, timeout: float = DRAIN_S) -> None:
         """Refuses further calls, waits for those under way and leaves everything on disk."""
         if self._draining:
             return
         self._draining = True
-        log.info("draining", calls=self._calls)
+        log.info("draining", calls=sum(self._calls.values()))
         if self._restoring is not None:
             self._restoring.cancel()
             await asyncio.wait([self._restoring])
         try:
             await asyncio.wait_for(self._idle.wait(), timeout)
         except asyncio.TimeoutError:
-            log.warning("calls cut off", calls=self._calls)
+            log.warning("calls cut off", calls=sum(self._calls.values()))
+        if self._reading_slots is not None:
+            self._reading_slots.cancel()
         await self.service.registry.close()
         self.tenants.close()
         log.info("drained")
@@ -97,17 +106,31 @@ class Gate:
         """
         self.check_ready()
         self.rate.take(caller.tenant or "", caller.limits.requests_per_minute)
-        self._calls += 1
+        who = label_of(caller)
+        self._calls[who] += 1
         self._idle.clear()
         try:
             yield
         finally:
-            self._calls -= 1
-            if not self._calls:
+            self._calls[who] -= 1
+            if not any(self._calls.values()):
                 self._idle.set()
 
+    async def measure(self) -> None:
+        """Brings the gauges up to date, before they are read. An engine that is busy leaves its slots' as they are."""
+        self.service.metrics.measure(self.service.registry.all(), self._calls)
+        if self._reading_slots is None or self._reading_slots.done():
+            self._reading_slots = asyncio.create_task(self._read_slots())
+        await asyncio.wait([self._reading_slots], timeout=SLOTS_WITHIN_S)
+
+    async def _read_slots(self) -> None:
+        try:
+            self.service.metrics.measure_slots(await self.service.engine.slots())
+        except Exception:
+            log.warning("slots not read", exc_info=True)
+
     def list_tenants(self) -> schemas.TenantList:
-        owners = [adapter.row.name.partition("/")[0] for adapter in self.service.registry.all()]
+        owners = [adapter.row.tenant for adapter in self.service.registry.all()]
         return schemas.TenantList(
             tenants=[
                 schemas.TenantInfo(
@@ -136,15 +159,20 @@ class PlainRoute(APIRoute):
         async def handler(request: Request) -> Response:
             request_id = request_id_of(request)
             response: Response
+            code = None
             try:
                 response = await self.answer(request, handle, request_id)
-            except ApiError as error:
-                response = error_response(error, request_id)
-            except RequestValidationError as error:
-                response = error_response(_validation_error(error), request_id)
+            except (ApiError, RequestValidationError) as error:
+                refusal = error if isinstance(error, ApiError) else _validation_error(error)
+                code = refusal.code
+                response = error_response(refusal, request_id)
             except Exception:
                 response = internal_error(request.url.path, request_id)
             response.headers[REQUEST_ID] = request_id
+            gate: Gate | None = getattr(request.app.state, "zoact", None)
+            if gate is not None:
+                caller = getattr(request.state, "zoact_caller", None)
+                gate.service.metrics.answered(self.path, response.status_code, label_of(caller), code)
             return response
 
         return handler
@@ -185,6 +213,11 @@ class ZoActRoute(PlainRoute):
             finally:
                 seconds = round(time.perf_counter() - started, 4)
                 log.info("call", method=request.method, route=self.path, seconds=seconds, **outcome)
+
+
+def label_of(caller: Caller | None) -> str:
+    """Whom a call counts for."""
+    return NOBODY if caller is None else caller.tenant or OPERATOR
 
 
 def request_id_of(request: HTTPConnection) -> str:

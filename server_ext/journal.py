@@ -74,6 +74,11 @@ class AdapterRow:
     created: datetime
     imported_digest: str | None = None
 
+    @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return self.name.partition("/")[0]
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -28,8 +28,9 @@ from structlog.contextvars import bound_contextvars
 
 from server_ext.adapters import Adapter
 from server_ext.errors import ApiError, invalid
-from server_ext.gate import Gate, error_response, internal_error, limited, request_id_of
+from server_ext.gate import Gate, error_response, internal_error, label_of, limited, request_id_of
 from server_ext.logs import log
+from server_ext.metrics import OTHER
 from server_ext.model_names import ModelName
 from server_ext.routes import PREFIX
 from server_ext.tenants import Caller
@@ -55,6 +56,7 @@ TEXT = frozenset(
     }
 )
 MODELS = "/v1/models"
+METRICS = "/metrics"
 STORED = ("background", "previous_response_id")
 """Members of a request to ``/v1/responses`` that speak of other responses."""
 
@@ -124,6 +126,7 @@ class OpenAIRoutes:
         request_id = request_id_of(connection)
         started = time.perf_counter()
         outcome: dict[str, Any] = {"status": None}
+        caller: Caller | None = None
 
         async def answer(message: Message) -> None:
             if message["type"].endswith("response.start"):
@@ -148,6 +151,10 @@ class OpenAIRoutes:
             finally:
                 seconds = round(time.perf_counter() - started, 4)
                 log.info("call", method=scope.get("method"), route=path, seconds=seconds, **outcome)
+                if outcome["status"] is not None:
+                    self._gate.service.metrics.answered(
+                        _route(path), outcome["status"], label_of(caller), outcome.get("code")
+                    )
 
     async def _enter(
         self, caller: Caller, path: str, scope: Scope, receive: Receive, stack: AsyncExitStack
@@ -162,6 +169,8 @@ class OpenAIRoutes:
         if not listing and path not in TEXT:
             if caller.tenant is not None:
                 raise ApiError(403, "operator_only", f"{path} is for the operator's key")
+            if path.startswith(METRICS):
+                await self._gate.measure()
             return self._inner, receive
         stack.enter_context(self._gate.call(caller))
         if listing:
@@ -253,6 +262,11 @@ def install(app: FastAPI, gate: Gate, engine: VllmEngine, models: Any, key: str 
     # Around what vLLM has built already, its own check of keys included.
     inner = app.middleware_stack or app.build_middleware_stack()
     app.middleware_stack = OpenAIRoutes(inner, gate, engine, models, key)
+
+
+def _route(path: str) -> str:
+    """A path as a label of metrics, of which there are few."""
+    return MODELS if path.startswith(f"{MODELS}/") else path if path in {*TEXT, MODELS, METRICS} else OTHER
 
 
 def _with_key(app: ASGIApp, key: str) -> ASGIApp:

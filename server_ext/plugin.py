@@ -19,11 +19,13 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import torch
 from fastapi import FastAPI
 
 from server_ext import openai_routes
 from server_ext.gate import Gate
+from server_ext.metrics import Metrics
 from server_ext.routes import health, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
@@ -60,7 +62,9 @@ class ZoActPlugin:
         directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
         engine = await VllmEngine.attach(engine_client)
         keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
-        gate = Gate(Service(engine, directory), open_tenants(directory, keys))
+        # vLLM's /metrics shows what this registry holds, in multiprocess mode too.
+        service = Service(engine, directory, metrics=Metrics(prometheus_client.REGISTRY))
+        gate = Gate(service, open_tenants(directory, keys))
         state.zoact = gate
         openai_routes.install(self._app, gate, engine, state.openai_serving_models, keys[0] if keys else None)
         gate.begin()

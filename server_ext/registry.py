@@ -23,6 +23,7 @@ from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid, storage_failed
 from server_ext.journal import AdapterRow, Entry, Journal
 from server_ext.logs import log
+from server_ext.metrics import Metrics
 from server_ext.state_files import StateFiles
 from server_ext.store import Point
 from zoact_remote.digest import basis_digest
@@ -38,14 +39,21 @@ SNAPSHOT_EVERY = 32
 class Registry:
     """All adapters of one engine, with journal, bases, imports and snapshots in one directory that is theirs alone.
 
+    Args:
+        engine: holds their coefficients.
+        directory: made if it is not there.
+        metrics: count what happens.
+        snapshot_every: changes from one snapshot to the next.
+
     Raises:
         ValueError: another server uses the directory, or what is in it is of another model.
 
     """
 
-    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
+    def __init__(self, engine: Engine, directory: Path, metrics: Metrics, snapshot_every: int = SNAPSHOT_EVERY) -> None:
         self._engine = engine
         self._directory = directory
+        self._metrics = metrics
         # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
         self._disk = ThreadPoolExecutor(1, "zoact-disk")
         self._snapshot_tasks: set[asyncio.Task[None]] = set()
@@ -211,7 +219,8 @@ class Registry:
         else:
             largest = await self._largest_after(adapter, change, path)
         assert adapter.digest is not None
-        version = await self._on_disk(self._journal.append, adapter.row.key, change, adapter.digest)
+        with self._metrics.appending():
+            version = await self._on_disk(self._journal.append, adapter.row.key, change, adapter.digest)
         try:
             base = change.to_version if isinstance(change, Rollback) else change.base_version
             digest = await self._make(adapter, version, base, change)
@@ -221,6 +230,7 @@ class Registry:
             raise
         adapter.version = version
         adapter.largest = largest
+        self._metrics.changed(adapter.row.tenant, change)
         await self._note_digest(adapter.row.key, version, digest)
         if version % self._files.snapshots.every == 0:
             self._start_snapshot(adapter)
@@ -320,6 +330,7 @@ class Registry:
                     f"version {entry.version} of {adapter.row.name} replays to other coefficients than before"
                 )
             start = entry.version
+        self._metrics.replayed(len(entries))
         return adapter.digests[version]
 
     def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[Entry]]:

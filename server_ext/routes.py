@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response, status
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server_ext import schemas
 from server_ext.errors import ApiError
@@ -52,6 +53,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 router = APIRouter(prefix=PREFIX, route_class=ZoActRoute, tags=["zoact"], responses=ERRORS)
 health = APIRouter(prefix=f"{PREFIX}/health", route_class=PlainRoute, tags=["health"])
+metrics = APIRouter(route_class=PlainRoute, tags=["metrics"])
 ADAPTER = "/adapters/{tenant}/{adapter}"
 TENANT = "/tenants/{tenant}"
 TAR = "application/x-tar"
@@ -199,3 +201,14 @@ async def live() -> None:
 async def ready(request: Request) -> None:
     """Answers once every adapter is back at its last version, until the server begins to stop."""
     (await _gate(request)).check_ready()
+
+
+@metrics.get("/metrics", response_class=Response)
+async def show_metrics(request: Request) -> Response:
+    """What the server counts, in Prometheus' text format, for the operator. vLLM has this route itself."""
+    gate = await _gate(request)
+    caller = request.state.zoact_caller = gate.tenants.identify(request.headers.get("authorization", ""))
+    if caller.tenant is not None:
+        raise ApiError(403, "operator_only", "/metrics is for the operator's key")
+    await gate.measure()
+    return Response(generate_latest(gate.service.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -23,6 +23,9 @@ MAX_TERMS = 4096
 """Terms an update may list."""
 MAX_CHOICES = 128
 """Choices a row may have: vLLM reads at most this many candidate tokens at a position."""
+MAX_STOPS = 16
+"""Stop strings that a text may have."""
+MAX_STOP_CHARACTERS = 256
 LARGEST_LIMIT = 2**53
 """Larger whole numbers are not exact in everybody's JSON."""
 LARGEST_SCALAR = 1e30
@@ -320,6 +323,10 @@ class AskGeneration(Message):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[Unicode, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
+        Field(max_length=MAX_STOPS, description="The text ends before any of these."),
+    ] = []
 
     @field_validator("prompt")
     @classmethod
@@ -332,7 +339,7 @@ class AskGeneration(Message):
 class Generation(Message):
     version: int
     text: str
-    token_ids: list[int]
+    token_ids: list[int] = Field(description="All that were generated, the end of a stop string included.")
     finish_reason: Literal["stop", "length"]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from structlog.contextvars import bind_contextvars
 
 from server_ext import schemas
-from server_ext.adapters import Adapter
+from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
 from server_ext.engines.base import CalibrationRow, Engine
 from server_ext.errors import ApiError, invalid
@@ -25,6 +25,7 @@ from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
 from server_ext.importing import read_lora
 from server_ext.journal import AdapterRow, Entry
+from server_ext.metrics import Metrics
 from server_ext.registry import SNAPSHOT_EVERY, Registry
 from server_ext.rows import (
     Context,
@@ -44,7 +45,6 @@ from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, Update
 
-BYTES_PER_COEFFICIENT = 4
 PIECES_AT_ONCE = 8
 """Pieces of work that the engine takes at once: what another tenant waits for is one of them."""
 
@@ -54,14 +54,27 @@ class Service:
 
     Calls name adapters that their caller owns: the routes see to that.
 
+    Args:
+        engine: evaluates.
+        directory: of the registry.
+        snapshot_every: changes of an adapter from one snapshot to the next.
+        metrics: count what happens; in a registry of their own if None.
+
     Raises:
         ValueError: the directory is in use, or belongs to another model.
 
     """
 
-    def __init__(self, engine: Engine, directory: Path, snapshot_every: int = SNAPSHOT_EVERY) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        directory: Path,
+        snapshot_every: int = SNAPSHOT_EVERY,
+        metrics: Metrics | None = None,
+    ) -> None:
         self.engine = engine
-        self.registry = Registry(engine, directory, snapshot_every)
+        self.metrics = metrics or Metrics()
+        self.registry = Registry(engine, directory, self.metrics, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
         self._creating = asyncio.Lock()
 
@@ -233,12 +246,14 @@ class Service:
             )
             for probe in ask.probes
         ]
+        tokens = sum(tokens for _, tokens in results)
         now = time.perf_counter()
+        self.metrics.evaluated(adapter.row.tenant, len(losses), tokens, now - started)
         return schemas.Losses(
             version=version,
             losses=losses,
             base=unperturbed,
-            tokens=sum(tokens for _, tokens in results),
+            tokens=tokens,
             update=result,
             timing=schemas.Timing(update_s=updated - started, forward_s=now - updated, total_s=now - started),
         )
@@ -273,7 +288,7 @@ class Service:
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed)
+            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
         return schemas.Generation(
             version=version,
             text=text.text,
@@ -339,11 +354,15 @@ class Service:
         bounds = list(pairwise(accumulate((len(c) for c in contexts), initial=0)))
         flat = [context for row in contexts for context in row]
         tokens = sum(len(context.tokens) for context in flat)
-        tenant = adapter.row.name.partition("/")[0]
+        tenant = adapter.row.tenant
 
         async def piece(point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
+            asked = time.perf_counter()
             async with self._turns.turn(tenant, sum(len(context.tokens) for context in contexts)):
-                return await self.engine.score(point, contexts)
+                begun = time.perf_counter()
+                scores = await self.engine.score(point, contexts)
+            self.metrics.piece(tenant, begun - asked, time.perf_counter() - begun)
+            return scores
 
         pieces = _pieces(flat, self.engine.tokens_at_once // PIECES_AT_ONCE)
         scores = await asyncio.gather(*(piece(point, part) for point in points for part in pieces))

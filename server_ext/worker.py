@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.lora.request import LoRARequest
@@ -62,10 +63,12 @@ class ZoActWorker:
         self.zoact_manager = loras._adapter_manager
         self.zoact_store = AdapterStore(self.device)
         self.zoact_dtype = loras.lora_config.lora_dtype
+        self.zoact_misses = 0
         stock_load = loras._load_adapter
 
         def load_adapter(request: LoRARequest) -> LoRAModel:
             if request.lora_path.startswith(POINT_PATH):
+                self.zoact_misses += 1
                 point = Point(**json.loads(request.lora_path.removeprefix(POINT_PATH)))
                 return self.zoact_lora(request.lora_int_id, point)
             if request.lora_path.startswith(CALIBRATION_PATH):
@@ -118,6 +121,11 @@ class ZoActWorker:
     def zoact_drop(self, key: str) -> None:
         """Forgets an adapter."""
         self.zoact_store.drop(key)
+
+    def zoact_slot_use(self) -> tuple[int, int, int]:
+        """The fields of ``Slots``."""
+        slots = self.zoact_manager.lora_index_to_id
+        return len(slots), sum(number is not None for number in slots), self.zoact_misses
 
     def zoact_lora(self, number: int, point: Point) -> LoRAModel:
         """A point as the LoRA that vLLM's slots take."""
@@ -245,10 +253,14 @@ class Calibration:
         positions = (positions[0] if positions.ndim == 2 else positions)[: len(slots)]
         self._masks = (positions < prompts, (prompts >= 0) & (positions >= prompts - 1))
 
-    def _before_layer(self, finder: RangeFinder, layer: torch.nn.Module, args: Any) -> None:
-        if self._masks is not None:
-            activations = args[0].reshape(-1, finder.width)[: len(self._masks[0])]
-            finder.add(activations, *self._masks)
+    def _before_layer(self, finder: RangeFinder, layer: Any, args: Any) -> None:
+        if self._masks is None:
+            return
+        activations = args[0]
+        if getattr(layer.base_layer, "input_is_parallel", False):
+            # Every tensor-parallel rank has columns of its own; all ranks come by here for the same batches.
+            activations = tensor_model_parallel_all_gather(activations.contiguous())
+        finder.add(activations.reshape(-1, finder.width)[: len(self._masks[0])], *self._masks)
 
 
 def _output_sizes(layer: Any) -> Sequence[int]:

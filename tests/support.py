@@ -102,7 +102,7 @@ class Process:
 
 
 class Server:
-    """``zoact serve`` on a free port, with its state in a directory of its own."""
+    """``zoact serve`` on a free port, with its state in a directory of its own. ``flags`` are vLLM's."""
 
     def __init__(
         self,
@@ -112,8 +112,10 @@ class Server:
         api_key: str | None = None,
         keys: Path | None = None,
         environment: Mapping[str, str] | None = None,
+        flags: Sequence[str] = (),
     ) -> None:
         self.engine = engine
+        self._flags = flags
         self._model = model
         self._directory = directory
         self._environment = {**(environment or {}), **key_environment(api_key, keys)}
@@ -140,7 +142,7 @@ class Server:
         arguments = ["-m", "zoact_remote.cli", "serve", str(self._model), "--engine", self.engine]
         arguments += ["--port", str(port), "--state", str(self.state)]
         if self.engine == "vllm":
-            arguments += ["--slots", str(SLOTS)]
+            arguments += ["--slots", str(SLOTS), "--", *self._flags]
         self._process = Process(arguments, port, self.log, self._environment, "/zoact/v1/health/ready")
         return self
 

@@ -202,6 +202,7 @@ class Adapter:
         max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
         probe: Side | None = None,
     ) -> Generation:
@@ -215,6 +216,7 @@ class Adapter:
             max_tokens: most tokens to generate.
             temperature: 0 takes the likeliest token each time.
             seed: of the sampling.
+            stop: the text ends before any of these strings.
             version: None for the newest; 0 is the base model, or what was imported.
             probe: generate from a perturbation of that version.
 
@@ -226,6 +228,7 @@ class Adapter:
             "max_tokens": max_tokens,
             "temperature": temperature,
             "seed": seed,
+            "stop": [stop] if isinstance(stop, str) else list(stop),
             "probe": None if probe is None else probe.to_json(),
         }
         if messages is not None:

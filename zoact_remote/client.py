@@ -224,6 +224,10 @@ class Client:
         )
         return adapter
 
+    def metrics(self) -> str:
+        """What the server counts, in Prometheus' text format, for the operator."""
+        return self._transport.text("/metrics")
+
     @cached_property
     def tenants(self) -> Tenants:
         """Who holds keys, for the operator."""

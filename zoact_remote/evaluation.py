@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from zoact_remote import metrics
 from zoact_remote.errors import BadRequest, InvalidValue
-from zoact_remote.tasks import Task
+from zoact_remote.tasks import Example, Task
 from zoact_remote.threads import side_by_side
 from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
 
@@ -43,6 +43,7 @@ class Generator(Scorer, Protocol):
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
     ) -> Generation:
         """The likeliest text, token by token."""
@@ -86,6 +87,19 @@ class Evaluation:
     token_f1: float | None = None
     number_match: float | None = None
     texts: tuple[str, ...] = ()
+
+    def figure(self, name: str) -> float:
+        """One of the figures in :data:`zoact_remote.metrics.FIGURES`.
+
+        Raises:
+            InvalidValue: there is no such figure here.
+
+        """
+        value: float | None = getattr(self, name) if name in metrics.FIGURES else None
+        if value is None:
+            there = [name for name in metrics.FIGURES if getattr(self, name) is not None]
+            raise InvalidValue("metric", f"must be one of {', '.join(there)} for these rows, got {name!r}")
+        return value
 
     def to_json(self) -> Json:
         """The figures, without those of single rows. Those of generated text are left out where there is none."""
@@ -194,16 +208,28 @@ def evaluate_task(
         BadRequest: as :func:`evaluate`.
 
     """
-    examples = task.examples(records)
-    found = evaluate(adapter, [example.row for example in examples], version=version, progress=progress)
+    return evaluate_examples(adapter, task, task.examples(records), version=version, progress=progress)
+
+
+def evaluate_examples(
+    adapter: Generator,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    version: int | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """As :func:`evaluate_task`, of what the records became."""
+    rows = [example.row for example in examples]
+    found = evaluate(adapter, rows, version=version, progress=progress)
     if task.metric not in metrics.OF_TEXT:
         return found
     assert task.max_tokens is not None
     texts = generate_texts(
         adapter,
-        [example.row for example in examples],
+        rows,
         max_tokens=task.max_tokens,
-        stop=task.stop,
+        stop=task.stop or (),
         version=found.version,
         progress=progress,
     )
@@ -221,7 +247,7 @@ def generate_texts(
     rows: Sequence[Row],
     *,
     max_tokens: int,
-    stop: str | None = None,
+    stop: str | Sequence[str] = (),
     version: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[str, ...]:
@@ -231,7 +257,7 @@ def generate_texts(
         adapter: what to ask.
         rows: of a prompt or of messages; the answers in them are not shown to the model.
         max_tokens: most tokens to generate.
-        stop: texts are cut off before it.
+        stop: texts end before any of these strings.
         version: None for the newest; 0 is the base model, or what was imported.
         progress: called after each text with the texts done and the texts in all.
 
@@ -244,8 +270,7 @@ def generate_texts(
         row = rows[i]
         asked = {"messages": row["messages"][:-1]} if "messages" in row else {"prompt": row["prompt"]}
         with renamed(f"rows[{i}].{{}}".format):
-            text = adapter.generate(**asked, max_tokens=max_tokens, version=version).text
-        return text.partition(stop)[0] if stop else text
+            return adapter.generate(**asked, max_tokens=max_tokens, stop=stop, version=version).text
 
     texts: list[str] = []
     for text in side_by_side(ask, range(len(rows))):

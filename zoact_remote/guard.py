@@ -86,14 +86,15 @@ class Guard(Callback):
     def on_loss(self, trainer: Trainer, loss: float) -> None:
         """Note a loss, and act on it if the run has diverged."""
         assert trainer.version is not None
+        assert trainer.probed is not None
         if self._home is None:
-            self._home = trainer.version
+            self._home = trainer.probed
         if math.isfinite(loss):
-            self._note(loss, trainer.version)
+            self._note(loss, trainer.probed)
             if self._above < self.patience:
                 return
             seen = f"{self.patience} losses in a row lie far above all of the best {self._reference.length}"
-        elif trainer.version == self._home:
+        elif trainer.probed == self._home:
             return
         else:
             seen = "a loss is not finite"

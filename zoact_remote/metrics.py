@@ -91,6 +91,11 @@ def final_number(text: str) -> float | None:
     return float(numbers[0].replace(",", "")) if numbers else None
 
 
+def spelt(figure: str) -> str:
+    """A figure's name as it is shown."""
+    return figure.replace("_", " ")
+
+
 def _overlap(words: list[str], wanted: list[str]) -> float:
     if not words or not wanted:
         return float(words == wanted)
@@ -103,3 +108,7 @@ OF_TEXT: dict[str, Callable[[str, Sequence[str]], float]] = {
     "number_match": number_match,
 }
 """Metrics of generated text, by the names that tasks give them."""
+FIGURES = dict.fromkeys(("accuracy", "macro_f1", *OF_TEXT), ".1%") | {"perplexity": ".2f", "loss": ".3f"}
+"""All figures of an evaluation in the order shown, and the format of each."""
+LESS_IS_BETTER = ("perplexity", "loss")
+"""Of the others more is, and they are the shares."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoact_remote.callbacks import Callback
 from zoact_remote.charts import Point, thin
-from zoact_remote.report import MEAN_OVER, accuracy_text, running_mean
+from zoact_remote.report import MEAN_OVER, figure_text, running_mean
 
 if TYPE_CHECKING:
     from zoact_remote.history import History, StepRecord
@@ -88,10 +88,9 @@ def curve(history: History, steps: int) -> str:
         said.append(f"loss {line[-1][1]:.4g} (mean of {MEAN_OVER} steps), {low:.4g} to {high:.4g} shown")
     if evaluated:
         found = evaluated[-1][1]
-        accuracy = {"accuracy": found.accuracy, "rows": len(found.logprobs)}
         said.append(f"held-out loss {found.loss:.4g}")
         if found.accuracy is not None:
-            said.append(f"accuracy {accuracy_text(accuracy)}")
+            said.append(f"accuracy {figure_text('accuracy', found.to_json())}")
     if history.stopped is not None:
         said.append(f"stopped: {history.stopped}")
     return (

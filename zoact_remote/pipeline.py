@@ -8,7 +8,8 @@ where the link is what it waits for.
 
 A version once made never changes and every call names its own, so that a run is the same to the bit however the calls
 are timed: ``C_{k+1} = C_k - a_k g_k(C_{k-1})``, the delayed gradient method (Agarwal and Duchi, arXiv 1104.5525) with a
-delay of one step.
+delay of one step. A run that goes back to a version starts anew there: what was asked for ahead is dropped, and the
+next two steps probe that version, as the first two do the first.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ class PipelinedTrainer(Trainer):
     update before the last one made. Batches and probes are those of a plain run with the same seed. Steps overlap from
     the second on; before an evaluation, and at the end, both updates that are then under way are waited for.
 
-    Nothing else may change the adapter meanwhile, not even a callback: see :meth:`return_to`.
+    Nothing else may change the adapter meanwhile.
     """
 
     _earlier: Update | None = None
     """The update before the pending one, until it is known to be applied."""
-    _probed: int | None = None
-    """The version that the step under way has probed; None between steps."""
+    _start: int = 0
+    """The version that steps have overlapped from: the first one, or that which a rollback made."""
     _threads: Executor
 
     @cached_property
@@ -58,15 +59,11 @@ class PipelinedTrainer(Trainer):
                 self._calls.clear()
 
     def return_to(self, version: int) -> None:
-        """See :meth:`Trainer.return_to`; for :meth:`Callback.on_end` alone.
-
-        Raises:
-            RuntimeError: a step is under way, and the next one, which no longer applies, has been asked for.
-
-        """
-        if self._probed is not None:
-            raise RuntimeError("overlapping steps cannot return to a version before the run's end")
+        """See :meth:`Trainer.return_to`."""
         super().return_to(version)
+        # The next step has been asked for, of a version that no longer leads anywhere.
+        wait(self._calls.values())
+        self._calls.clear()
 
     def flush(self) -> None:
         """Send the updates that wait for later steps, after the calls under way, one of which may carry the first."""
@@ -74,11 +71,14 @@ class PipelinedTrainer(Trainer):
         if self._earlier is not None:
             self.adapter.update(self._earlier)
             self._earlier = None
+        if isinstance(self._pending, Rollback):
+            self._start = self._pending.base_version + 1
         super().flush()
 
     def state_dict(self) -> Json:
         """See :meth:`Trainer.state_dict`."""
-        return super().state_dict() | {"earlier": None if self._earlier is None else self._earlier.to_json()}
+        earlier = None if self._earlier is None else self._earlier.to_json()
+        return super().state_dict() | {"earlier": earlier, "start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Trainer.load_state_dict`.
@@ -91,15 +91,13 @@ class PipelinedTrainer(Trainer):
             raise InvalidValue("earlier", "is missing in the saved state, which is not of a pipelined run")
         super().load_state_dict(state)
         self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
+        self._start = state["start"]
 
     def _step(self) -> StepRecord:
-        try:
-            # To the trainer, a step's losses are of the version that its update will apply to.
-            record = super()._step()
-            assert self._probed is not None
-            return replace(record, version=self._probed)
-        finally:
-            self._probed = None
+        # To the trainer, a step's losses are of the version that its update will apply to.
+        record = super()._step()
+        assert self.probed is not None
+        return replace(record, version=self.probed)
 
     def _losses(self, ask: Ask) -> Losses:
         assert not isinstance(self._pending, Rollback)
@@ -110,15 +108,16 @@ class PipelinedTrainer(Trainer):
         del self._calls[self.step]
         if self._pending is not None:
             self._earlier, self._pending = self._pending, None
-        self._probed = losses.version
-        self.version = losses.version + (self.step > 0)
+        self.probed = losses.version
+        if self.version is None:
+            self.version = self._start = losses.version
         return replace(losses, version=self.version)
 
     def _begin(self, step: int, ask: Ask) -> None:
         """Ask for a step's losses, unless that has been done: those of the version before the one that is due."""
         if step in self._calls:
             return
-        version = None if self.version is None else self.version + (step - self.step) - (step > 0)
+        version = None if self.version is None else max(self._start, self.version + (step - self.step) - 1)
         waiting = [u for u in (self._earlier, self._pending) if isinstance(u, Update)]
         update = next((u for u in waiting if u.base_version + 1 == version), None)
         rows = self.batch(step)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from zoact_remote.charts import Curve, Point, chart
+from zoact_remote.metrics import FIGURES, LESS_IS_BETTER, spelt
 
 if TYPE_CHECKING:
     from zoact_remote.evaluation import Evaluation
@@ -69,6 +70,7 @@ def write_report(
     settings: Mapping[str, object],
     history: History,
     results: Results,
+    metric: str = "accuracy",
     changes: Sequence[Change] = (),
 ) -> Path:
     """Write the report of a run.
@@ -78,8 +80,9 @@ def write_report(
         title: shown as text, as is everything else here: nothing is taken for HTML.
         settings: name to value, in the order shown.
         history: the run. Without evaluations their curves are left out.
-        results: name to ``accuracy``, ``loss`` (in nats) and ``rows``, each of which may be None or missing. The first
-            is what the others are compared with.
+        results: name to figures (:data:`zoact_remote.metrics.FIGURES`) and ``rows``, each of which may be None or
+            missing. The first is what the others are compared with.
+        metric: the figure that the run is judged by; the loss takes its place where there is none.
         changes: rows whose answer changed; the first of them are shown.
 
     Returns:
@@ -88,7 +91,7 @@ def write_report(
     """
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(_page(title, settings, history, results, changes), encoding="utf-8")
+    file.write_text(_page(title, settings, history, results, metric, changes), encoding="utf-8")
     return file
 
 
@@ -99,26 +102,34 @@ def running_mean(values: Sequence[float], window: int = MEAN_OVER) -> list[float
     ]
 
 
-def accuracy_text(result: Mapping[str, Any]) -> str:
-    """An accuracy in percent with its standard error, as far as they are known: ``84.2% ± 3.3``."""
-    accuracy, rows = result.get("accuracy"), result.get("rows")
-    if accuracy is None:
+def figure_text(name: str, result: Mapping[str, Any]) -> str:
+    """A result's figure as it is shown: ``41.2%``, ``0.412``; an accuracy with its standard error, ``84.2% ± 3.3``."""
+    value, rows = result.get(name), result.get("rows")
+    if value is None:
         return NONE
-    error = f" ± {100 * math.sqrt(accuracy * (1 - accuracy) / rows):.1f}" if rows else ""
-    return f"{accuracy:.1%}{error}"
+    error = f" ± {100 * math.sqrt(value * (1 - value) / rows):.1f}" if name == "accuracy" and rows else ""
+    return format(value, FIGURES[name]) + error
 
 
-def loss_text(result: Mapping[str, Any]) -> str:
-    """A loss in nats: ``0.412``."""
-    loss = result.get("loss")
-    return NONE if loss is None else f"{loss:.3f}"
+def results_cells(results: Results) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Results as a table: its heads, and a line a result. Figures that none of them has are left out."""
+    found = [name for name in FIGURES if any(result.get(name) is not None for result in results.values())]
+    return [*map(spelt, found), "rows"], [
+        (name, *(figure_text(figure, result) for figure in found), str(result.get("rows") or NONE))
+        for name, result in results.items()
+    ]
 
 
 # The page ------------------------------------------------------------------------------------------------------------
 
 
 def _page(
-    title: str, settings: Mapping[str, object], history: History, results: Results, changes: Sequence[Change]
+    title: str,
+    settings: Mapping[str, object],
+    history: History,
+    results: Results,
+    metric: str,
+    changes: Sequence[Change],
 ) -> str:
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -135,9 +146,9 @@ def _page(
 <h1>{escape(title)}</h1>
 <p class="quiet">{escape(_summary(history))}</p>
 </header>
-{_tiles(results)}
+{_tiles(results, metric)}
 <section class="charts">
-{"".join(_charts(history))}
+{"".join(_charts(history, metric))}
 </section>
 <section class="tables">
 <div class="panel">
@@ -172,20 +183,19 @@ def _summary(history: History) -> str:
     return " · ".join(parts)
 
 
-def _tiles(results: Results) -> str:
+def _tiles(results: Results, metric: str) -> str:
     tiles = []
     first = next(iter(results.values()), {})
+    key = "loss" if first.get(metric) is None else metric
     for name, result in results.items():
-        # A completion task has no accuracy: its loss is the figure then.
-        key = "loss" if result.get("accuracy") is None else "accuracy"
         value, start = result.get(key), first.get(key)
         if value is None:
             continue
-        shown = f"{value:.1%}" if key == "accuracy" else f"{value:.3f}"
-        note = "accuracy" if key == "accuracy" else "loss, nats"
+        shown = format(value, FIGURES[key])
+        note = "loss, nats" if key == "loss" else spelt(key)
         if result is not first and start is not None:
-            gain = f"{100 * (value - start):+.1f} points" if key == "accuracy" else f"{value - start:+.3f}"
-            note += f" · {gain}"
+            gain = value - start
+            note += f" · {gain:+{FIGURES[key]}}" if key in LESS_IS_BETTER else f" · {100 * gain:+.1f} points"
         tiles.append(
             f'<div class="tile panel"><span class="quiet">{escape(name)}</span>'
             f'<strong>{shown}</strong><span class="quiet">{escape(note)}</span></div>'
@@ -194,13 +204,13 @@ def _tiles(results: Results) -> str:
 
 
 def _results_table(results: Results) -> str:
+    heads, lines = results_cells(results)
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{accuracy_text(result)}</td><td>{loss_text(result)}</td>'
-        f"<td>{escape(str(result.get('rows') or NONE))}</td></tr>"
-        for name, result in results.items()
+        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in cells)}</tr>'
+        for name, *cells in lines
     )
-    heads = "".join(f'<th scope="col">{name}</th>' for name in ("accuracy", "loss", "rows"))
-    return f"<table><thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    return f"<table><thead><tr><td></td>{head}</tr></thead><tbody>{rows}</tbody></table>"
 
 
 def _settings_table(settings: Mapping[str, object]) -> str:
@@ -257,7 +267,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # Curves --------------------------------------------------------------------------------------------------------------
 
 
-def _charts(history: History) -> Iterable[str]:
+def _charts(history: History, metric: str) -> Iterable[str]:
     steps = history.steps
     last = steps[-1].step + 1 if steps else 1
     if steps:
@@ -267,9 +277,10 @@ def _charts(history: History) -> Iterable[str]:
     evaluations = [] if history.baseline is None else [(0, history.baseline)]
     # An evaluation is of the version that its step made.
     evaluations += [(r.step + 1, r.evaluation) for r in steps if r.evaluation is not None]
-    accuracy = [(step, e.accuracy) for step, e in evaluations if e.accuracy is not None]
-    if accuracy:
-        yield chart("Evaluation accuracy", [Curve(accuracy, "marks", "held-out rows")], last, percent=True)
+    judged = [(step, getattr(e, metric)) for step, e in evaluations if getattr(e, metric) is not None]
+    if judged and metric != "loss":
+        marks = [Curve(judged, "marks", "held-out rows")]
+        yield chart(f"Evaluation {spelt(metric)}", marks, last, percent=metric not in LESS_IS_BETTER)
     if evaluations:
         held_out = [(step, e.loss) for step, e in evaluations]
         yield chart("Evaluation loss", [Curve(held_out, "marks", "held-out rows")], last)

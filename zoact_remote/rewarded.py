@@ -43,6 +43,7 @@ class Writer(Protocol):
         max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
         probe: Side | None = None,
     ) -> Generation:
@@ -99,7 +100,7 @@ class Rewarded:
         temperature: 0 takes the likeliest token each time. Above it, a row is sampled with the same random numbers on
             all sides of a step's probes, so that their rewards differ by the coefficients and not by chance.
         seed: of the sampling; at least 0. The random numbers of a row follow from it, the version and the row's place.
-        stop: texts are cut off before it.
+        stop: texts end before any of these strings.
 
     """
 
@@ -111,7 +112,7 @@ class Rewarded:
         max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int = 0,
-        stop: str | None = None,
+        stop: str | Sequence[str] = (),
     ) -> None:
         self.adapter = adapter
         self.reward = reward
@@ -213,14 +214,14 @@ class Rewarded:
                     max_tokens=self.max_tokens,
                     temperature=self.temperature,
                     seed=self._sampling_seed(at, i) if self.temperature else None,
+                    stop=self.stop,
                     version=at,
                     probe=side,
                 )
-            text = written.text.partition(self.stop)[0] if self.stop else written.text
-            reward = float(self.reward(rows[i], text))
+            reward = float(self.reward(rows[i], written.text))
             if not math.isfinite(reward):
-                raise InvalidValue("reward", f"must be finite, got {reward} for rows[{i}] and {text!r}")
-            return text, reward, len(written.token_ids)
+                raise InvalidValue("reward", f"must be finite, got {reward} for rows[{i}] and {written.text!r}")
+            return written.text, reward, len(written.token_ids)
 
         written = []
         for each in side_by_side(write, [(side, i) for side in sides for i in range(len(rows))]):

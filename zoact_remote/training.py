@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ from zoact_remote.wire import Change, Json, Losses, Probe, Rollback, Row, Update
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
+
+Evaluator: TypeAlias = Callable[[int | None], Evaluation]
+"""Evaluates a version; None stands for the newest."""
 
 
 class TrainingDiverged(RuntimeError):
@@ -83,6 +86,9 @@ class Trainer:
         seed: of the data's order and the probes; at least 0.
         eval_rows: evaluated before the first step, every ``eval_every`` steps and at the end.
         eval_every: None for only the first and last.
+        evaluator: evaluates a version, in the place of ``eval_rows``: with
+            ``lambda version: evaluate_task(adapter, task, records, version=version)`` a run is followed by its task's
+            own metric. None stands for the newest version.
         callbacks: :class:`~zoact_remote.Callback` objects, or functions of the trainer and a step's record, called
             after every step.
 
@@ -101,10 +107,13 @@ class Trainer:
         seed: int = 0,
         eval_rows: Sequence[Row] = (),
         eval_every: int | None = None,
+        evaluator: Evaluator | None = None,
         callbacks: Sequence[Callback | Callable[[Trainer, StepRecord], None]] = (),
     ) -> None:
         if not rows:
             raise InvalidValue("rows", "at least one row is needed")
+        if eval_rows and evaluator is not None:
+            raise InvalidValue("evaluator", "takes the place of eval_rows: give one of the two")
         counts = {"steps": steps, "batch_size": batch_size, "eval_every": 1 if eval_every is None else eval_every}
         for name, count in counts.items():
             if count < 1:
@@ -119,12 +128,15 @@ class Trainer:
         self.seed = seed
         self.eval_rows = eval_rows
         self.eval_every = eval_every
+        self.evaluator = evaluator
         self.callbacks = callbacks
         self.history = History()
         self.step = 0
         """Steps done."""
         self.version: int | None = None
         """The version that the next call expects, once a carried update is applied; None before the first."""
+        self.probed: int | None = None
+        """The version that the newest losses are of; for :meth:`Callback.on_loss`."""
         self.rate_scale = 1.0
         """What the schedule's learning rates are multiplied by."""
         self.run_id = uuid.uuid4().hex
@@ -146,7 +158,7 @@ class Trainer:
 
         """
         self.history.stopped = None
-        if self.step == 0 and self.eval_rows and self.history.baseline is None:
+        if self.step == 0 and self._is_evaluated and self.history.baseline is None:
             self.history.baseline = self._evaluate()
         if self._unfinished:
             self._finish_step()
@@ -179,7 +191,10 @@ class Trainer:
             callback.after_step(self, record)
 
     def _evaluate(self) -> Evaluation:
-        evaluation = evaluate(self.adapter, self.eval_rows, version=self.version)
+        if self.evaluator is None:
+            evaluation = evaluate(self.adapter, self.eval_rows, version=self.version)
+        else:
+            evaluation = self.evaluator(self.version)
         for callback in self._callbacks():
             callback.on_eval(self, evaluation)
         return evaluation
@@ -223,7 +238,8 @@ class Trainer:
         losses = self.adapter.losses(
             self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
         )
-        self.version, self._pending = losses.version, None
+        self.version = self.probed = losses.version
+        self._pending = None
         return losses
 
     def flush(self) -> None:
@@ -317,7 +333,11 @@ class Trainer:
 
     def _evaluation_is_due(self) -> bool:
         due = self.step == self.steps or (self.eval_every is not None and self.step % self.eval_every == 0)
-        return due and bool(self.eval_rows)
+        return due and self._is_evaluated
+
+    @property
+    def _is_evaluated(self) -> bool:
+        return bool(self.eval_rows) or self.evaluator is not None
 
     def _key(self, kind: str) -> str:
         # A key that follows from run and step: a run resumed from an earlier state repeats itself without effect.

@@ -182,6 +182,15 @@ class Transport:
 
         self._send("GET", path, read, params=params, repeatable=True)
 
+    def text(self, path: str) -> str:
+        """The answer to a GET of a path of the server's own, beside ``/zoact/v1``.
+
+        Raises:
+            ZoActError: the call failed, after retries.
+
+        """
+        return self._send("GET", path, lambda response: response.text, prefix="", repeatable=True)
+
     def close(self) -> None:
         self._session.close()
 
@@ -191,6 +200,7 @@ class Transport:
         path: str,
         read: Callable[[requests.Response], Answer],
         *,
+        prefix: str = PREFIX,
         json: Any = None,
         content: bytes | None = None,
         params: Mapping[str, Any] | None = None,
@@ -204,7 +214,7 @@ class Transport:
             try:
                 with self._session.request(
                     method,
-                    self.url + PREFIX + path,
+                    self.url + prefix + path,
                     json=json,
                     data=content,
                     params=params,
@@ -226,7 +236,7 @@ class Transport:
                 raise InvalidValue("body", str(error)) from error
             except requests.RequestException as error:
                 raise ConnectionFailed(
-                    f"{method} {self.url}{PREFIX}{path}: {error}", sent=_was_sent(error), request_id=request_id
+                    f"{method} {self.url}{prefix}{path}: {error}", sent=_was_sent(error), request_id=request_id
                 ) from error
 
         def stop(state: tenacity.RetryCallState) -> bool:

@@ -54,7 +54,9 @@ def timed(call: Any) -> float:
 
 
 def fill(rank: int, distribution: Distribution) -> None:
-    modules, parts, sites = {}, {}, []
+    modules: dict[str, Any] = {}
+    parts: dict[str, list[str]] = {}
+    sites: list[Site] = []
     for block in range(BLOCKS):
         for name, (inputs, outputs) in LAYERS.items():
             module = f"{block}.{name}"

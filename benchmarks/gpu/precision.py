@@ -185,6 +185,7 @@ def estimate(options: argparse.Namespace) -> None:
     scratch: Path = options.scratch
     import vllm
     from safetensors.torch import save
+    from vllm.inputs import TokensPrompt
     from vllm.lora.request import LoRARequest
 
     from server_ext.store import Point
@@ -214,16 +215,20 @@ def estimate(options: argparse.Namespace) -> None:
         for point in points:
             lora = LoRARequest(point.name, next(numbers), point_path(point))
             for prompt, completion in rows:
-                prompts.append({"prompt_token_ids": prompt})
-                ask = {"max_tokens": 1, "temperature": 0.0, "detokenize": False, "logprob_token_ids": [completion]}
-                parameters.append(vllm.SamplingParams(**ask))
+                prompts.append(TokensPrompt(prompt_token_ids=prompt))
+                parameters.append(
+                    vllm.SamplingParams(
+                        max_tokens=1, temperature=0.0, detokenize=False, logprob_token_ids=[completion], skip_clone=True
+                    )
+                )
                 loras.append(lora)
-        outputs = llm.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
+        outputs: list[Any] = llm.generate(prompts, parameters, lora_request=loras, use_tqdm=False)
         found = [
             -output.outputs[0].logprobs[0][completion].logprob
             for output, (_, completion) in zip(outputs, rows * len(points), strict=True)
         ]
-        return np.array(found, np.float64).reshape(len(points), len(rows)).mean(axis=1)
+        of_rows = np.array(found, np.float64).reshape(len(points), len(rows))
+        return np.asarray(of_rows.mean(axis=1))
 
     loss = losses([Point("bench", 1, digest)])[0]
     estimates = []

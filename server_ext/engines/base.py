@@ -54,9 +54,46 @@ class CalibrationRow:
 
 @dataclass(frozen=True)
 class GeneratedText:
+    """What a model wrote.
+
+    Attributes:
+        tokens: all of it, the end of a stop string included.
+        text: without the stop string.
+        stopped: whether the model, or a stop string, ended it.
+
+    """
+
     tokens: Tokens
     text: str
     stopped: bool
+
+    @classmethod
+    def cut(cls, tokens: Tokens, text: str, ended: bool, stop: Sequence[str]) -> GeneratedText:
+        """A text, cut off before the stop string that was complete first."""
+        before = text_before(text, stop)
+        return cls(tokens, text, ended) if before is None else cls(tokens, before, True)
+
+
+def text_before(text: str, stop: Sequence[str]) -> str | None:
+    """What stands before the string that is complete first, of several the longest; None if none is there."""
+    ends = [(text.find(string) + len(string), -len(string)) for string in stop if string in text]
+    return text[: sum(min(ends))] if ends else None
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Places in a batch, each for one point.
+
+    Attributes:
+        number: of slots; 0 for an engine without.
+        filled: those that hold a point or another LoRA.
+        misses: how often a request's point was held in none, nor in the memory behind them, since the engine started.
+
+    """
+
+    number: int = 0
+    filled: int = 0
+    misses: int = 0
 
 
 class Engine(Protocol):
@@ -148,7 +185,17 @@ class Engine(Protocol):
         ...
 
     async def generate(
-        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+        self,
+        point: Point | None,
+        tokens: Tokens,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        stop: Sequence[str],
     ) -> GeneratedText:
-        """Continues a sequence, greedily at temperature 0."""
+        """Continues a sequence, greedily at temperature 0, until a token completes a stop string."""
+        ...
+
+    async def slots(self) -> Slots:
+        """How its slots are used."""
         ...

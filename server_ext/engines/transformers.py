@@ -17,7 +17,7 @@ from torch import nn
 
 from server_ext.basis import Basis, RangeFinder, make_finders
 from server_ext.checkpoint import checkpoint_directory
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, text_before
 from server_ext.inputs import make_sites
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
@@ -113,9 +113,18 @@ class TransformersEngine:
         return await self._run(self._score, point, contexts)
 
     async def generate(
-        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+        self,
+        point: Point | None,
+        tokens: Tokens,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        stop: Sequence[str],
     ) -> GeneratedText:
-        return await self._run(self._generate, point, tokens, max_tokens, temperature, seed)
+        return await self._run(self._generate, point, tokens, max_tokens, temperature, seed, stop)
+
+    async def slots(self) -> Slots:
+        return Slots()
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(function, *args))
@@ -206,17 +215,35 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _generate(
-        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+        self,
+        point: Point | None,
+        tokens: Tokens,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        stop: Sequence[str],
     ) -> GeneratedText:
+        def text(new: Sequence[int]) -> str:
+            return self.tokenizer.decode(new, skip_special_tokens=True)
+
+        def at_stop(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            found = text_before(text(ids[0, len(tokens) :].tolist()), stop) is not None
+            return torch.tensor([found], device=ids.device)
+
         if seed is not None:
             torch.manual_seed(seed)
         ids = torch.tensor([tokens], device=self.device)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
         with self._at(point):
             output = self.network.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, pad_token_id=0, **sampling
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                pad_token_id=0,
+                stopping_criteria=[at_stop] if stop else None,
+                **sampling,
             )
         new = output[0, len(tokens) :].tolist()
         ends = self.network.generation_config.eos_token_id
-        stopped = bool(new) and new[-1] in (ends if isinstance(ends, list) else [ends])
-        return GeneratedText(tuple(new), self.tokenizer.decode(new, skip_special_tokens=True), stopped)
+        ended = bool(new) and new[-1] in (ends if isinstance(ends, list) else [ends])
+        return GeneratedText.cut(tuple(new), text(new), ended, stop)

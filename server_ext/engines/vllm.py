@@ -21,7 +21,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
 from server_ext.checkpoint import checkpoint_directory
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
@@ -137,7 +137,10 @@ class VllmEngine:
     ) -> str:
         start = save({"flat": torch.from_numpy(base)}) if isinstance(base, np.ndarray) else base
         content = None if update is None else json.dumps(update.to_json())
-        return str(await self._call("zoact_hold", key, version, start, content, list(keep)))
+        digests = await self._client.collective_rpc("zoact_hold", args=(key, version, start, content, list(keep)))
+        if len(set(digests)) != 1:
+            raise RuntimeError(f"vLLM's workers disagree on version {version} of {key}: {digests}")
+        return str(digests[0])
 
     async def read(self, key: str, version: int) -> NDArray[np.float32]:
         return load(await self._call("zoact_read", key, version))["flat"].numpy()
@@ -179,20 +182,30 @@ class VllmEngine:
         return {"prompt_logprobs": 0}
 
     async def generate(
-        self, point: Point | None, tokens: Tokens, max_tokens: int, temperature: float, seed: int | None
+        self,
+        point: Point | None,
+        tokens: Tokens,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        stop: Sequence[str],
     ) -> GeneratedText:
         # Text is made here from all tokens, as the reference engine does: vLLM, which streams, holds back a character
-        # that is cut off at the end.
+        # that is cut off at the end. It looks for stop strings in the text that it makes itself.
         parameters = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
             seed=seed,
-            detokenize=False,
+            stop=list(stop),
+            detokenize=bool(stop),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
-        return GeneratedText(tuple(completion.token_ids), text, completion.finish_reason == "stop")
+        return GeneratedText.cut(tuple(completion.token_ids), text, completion.finish_reason == "stop", stop)
+
+    async def slots(self) -> Slots:
+        return Slots(*await self._call("zoact_slot_use"))
 
     async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
         prompt = TokensPrompt(prompt_token_ids=list(tokens))
@@ -211,7 +224,7 @@ class VllmEngine:
         return LoRARequest(point.name, number, point_path(point))
 
     async def _call(self, method: str, *args: Any) -> Any:
-        """Calls every worker and returns the first one's answer, which the others share."""
+        """Calls every worker and returns the first one's answer, which stands for all."""
         return (await self._client.collective_rpc(method, args=args))[0]
 
 

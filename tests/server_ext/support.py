@@ -1,4 +1,4 @@
-"""What an adapter is made of, and a float64 model to check what servers say of it."""
+"""What an adapter is made of, a float64 model to check what servers say of it, and what servers count."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 import torch
 from numpy.typing import NDArray
+from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file
 from torch import nn
 
+from tests.support import CALL_TIMEOUT_S, Server
 from zoact_remote import Adapter, Client
 from zoact_remote.layout import Layout, select_sites
 
@@ -122,3 +125,26 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class Figures(dict[tuple[str, frozenset[tuple[str, str]]], float]):
+    """What ``/metrics`` says, by a series' name and labels; 0 for what is not there."""
+
+    @classmethod
+    def read(cls, text: str) -> Figures:
+        samples = (sample for family in text_string_to_metric_families(text) for sample in family.samples)
+        return cls({(s.name, frozenset(s.labels.items())): s.value for s in samples})
+
+    @classmethod
+    def of(cls, server: Server, key: str | None = None) -> Figures:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        answer = requests.get(f"{server.url}/metrics", headers=headers, timeout=CALL_TIMEOUT_S)
+        answer.raise_for_status()
+        return cls.read(answer.text)
+
+    def __call__(self, name: str, **labels: str) -> float:
+        return self.get((name, frozenset(labels.items())), 0.0)
+
+    def labels(self, name: str) -> set[str]:
+        """Values of one label, whatever the series."""
+        return {value for _, labels in self for label, value in labels if label == name}

@@ -264,6 +264,31 @@ def test_generation_follows_the_point_that_it_names(client: Client, reference: R
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_generation_ends_before_a_stop_string(client: Client, reference: Reference) -> None:
+    adapter = trained_adapter(client, updates=2, size=0.25)
+    prompt = [0, 40, 41, 42, 43]
+    whole = adapter.generate(prompt, max_tokens=12)
+    # Whole characters of it alone: those that are cut in two are shown as U+FFFD.
+    strings = {whole.text[i : i + length] for length in (1, 2, 5) for i in range(len(whole.text) - length + 1)}
+    strings = {string for string in strings if "\ufffd" not in string}
+    assert len(strings) > 10
+    for string in sorted(strings):
+        found = adapter.generate(prompt, max_tokens=12, stop=["nowhere", string])
+        assert found.text == whole.text.partition(string)[0]
+        assert found.finish_reason == "stop"
+        tokens = found.token_ids
+        assert tokens == whole.token_ids[: len(tokens)]
+        texts = [reference.tokenizer.decode(ids, skip_special_tokens=True) for ids in (tokens[:-1], tokens)]
+        assert [string in text for text in texts] == [False, True], "not a token more than it takes"
+
+    assert adapter.generate(prompt, max_tokens=12, stop="nowhere") == whole
+    later, sooner = whole.text[-1], whole.text[1:3]
+    assert adapter.generate(prompt, max_tokens=12, stop=[later, sooner]).text == whole.text.partition(sooner)[0]
+    sampled = [adapter.generate(prompt, temperature=1.0, seed=4, stop=sooner[0]).text for _ in range(2)]
+    assert sampled[0] == sampled[1]
+    assert sooner[0] not in sampled[0]
+
+
 def test_generation_takes_a_conversation(client: Client, reference: Reference) -> None:
     adapter = new_adapter(client)
     messages = [{"role": "user", "content": "What is the capital of France?"}]

@@ -76,7 +76,8 @@ def test_an_imported_adapter_answers_with_its_coefficients_from_version_0_on(
     imported = client.import_adapter(new_name(), adapter.export(tmp_path))
 
     def ask(model: str) -> str:
-        return models.completions.create(model=model, prompt=PROMPT, **GREEDY).choices[0].text
+        text: str = models.completions.create(model=model, prompt=PROMPT, **GREEDY).choices[0].text
+        return text
 
     tuned, base = ask(adapter.name), ask(base_model(models))
     assert ask(f"{imported.name}@0") == ask(imported.name) == tuned != base

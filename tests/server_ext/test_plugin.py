@@ -125,7 +125,8 @@ def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: s
 
     given = {name: values for name, values in (FLAGS | changes).items() if values is not None}
     line = [part for name, values in given.items() for part in (name, *values)]
-    args = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(["--model", str(tiny_model), *line])
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    args = parser.parse_args(["--model", str(tiny_model), *line])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     if flag is None:
         check_settings(config, args)

@@ -15,6 +15,7 @@ from responses import matchers
 
 from zoact_remote import (
     Adapter,
+    AuthenticationError,
     Basis,
     Client,
     Conflict,
@@ -108,6 +109,14 @@ def test_info(client: Client, server: responses.RequestsMock) -> None:
     assert (info.model, info.engine, info.noise_version) == ("tiny", "transformers", 1)
     assert info.sites[1].name == "layers.0.down_proj"
     assert info.limits.max_terms == 4096
+
+
+def test_metrics_are_text_beside_the_calls(client: Client, server: responses.RequestsMock) -> None:
+    server.get(f"{URL}/metrics", body="zoact_slots 8.0\n")
+    assert client.metrics() == "zoact_slots 8.0\n"
+    server.replace("GET", f"{URL}/metrics", status=403, json={"error": {"code": "operator_only"}})
+    with pytest.raises(AuthenticationError):
+        client.metrics()
 
 
 def test_wait_until_ready(client: Client, server: responses.RequestsMock) -> None:
@@ -307,6 +316,8 @@ def test_generate(adapter: Adapter, server: responses.RequestsMock) -> None:
     assert "prompt" not in sent(server)
     assert adapter.generate("2 + 2 =").token_ids == (19,)
     assert "messages" not in sent(server)
+    stops: list[str | tuple[str, ...]] = ["\n\n", ("a", "bc")]
+    assert [(adapter.generate("2", stop=stop), sent(server)["stop"])[1] for stop in stops] == [["\n\n"], ["a", "bc"]]
     with pytest.raises(InvalidValue):
         adapter.generate()
     with pytest.raises(InvalidValue):

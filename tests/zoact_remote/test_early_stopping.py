@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.zoact_remote.regression import ROWS, Disk, Killed, Mortal, Regression, trainer
-from zoact_remote import EarlyStopping, InvalidValue, Row, Trainer
+from zoact_remote import EarlyStopping, Evaluation, InvalidValue, Row, Trainer
 
 OPPOSITE: list[Row] = [{**row, "completion": -0.1 * row["completion"]} for row in ROWS[:8]]
 """Held-out rows on which training does harm once it has gone a little way."""
@@ -71,6 +73,50 @@ def test_running_again_changes_nothing() -> None:
     assert len(adapter.versions) == made
 
 
+def judged(metric: str, *figures: tuple[float, float], **options: Any) -> tuple[int | None, int]:
+    """The version kept, and the steps done, of a run whose evaluations have these figures and losses."""
+    left = iter(figures)
+
+    def evaluation(version: int | None) -> Evaluation:
+        figure, loss = next(left)
+        found = Evaluation(version or 0, loss, None, None, (), (), 1)
+        return found if metric == "loss" else replace(found, **{metric: figure})  # type: ignore[arg-type]
+
+    stopping = EarlyStopping(options.pop("patience", None), metric=metric, keep_best=True, **options)
+    run = trainer(Regression(), steps=len(figures) - 1, eval_every=1, evaluator=evaluation, callbacks=[stopping])
+    history = run.run()
+    return history.kept, len(history.steps)
+
+
+def test_the_metric_decides_in_its_own_direction() -> None:
+    figures = [(0.2, 5.0), (0.9, 4.0), (0.4, 1.0), (0.3, 2.0)]
+    assert judged("token_f1", *figures)[0] == 1
+    assert judged("perplexity", *figures)[0] == 0
+    assert judged("perplexity", *figures[1:])[0] is None
+    assert judged("loss", *figures)[0] == 2
+
+
+def test_a_tie_goes_to_the_lower_loss() -> None:
+    figures = [(0.0, 5.0), (0.0, 4.0), (0.0, 3.0), (0.0, 3.5), (0.0, 3.0)]
+    assert judged("exact_match", *figures) == (2, 4)
+    assert judged("exact_match", *figures, patience=1) == (2, 3)
+
+
+def test_a_gain_is_in_the_unit_of_the_metric() -> None:
+    figures = [(0.50, 5.0), (0.51, 4.0), (0.53, 6.0), (0.54, 1.0)]
+    assert judged("accuracy", *figures, min_delta=0.02)[0] == 2
+    assert judged("accuracy", *figures, min_delta=0.5)[0] == 0
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_worst() -> None:
+    assert judged("perplexity", (math.inf, 900.0), (math.inf, 800.0), (9.0, 2.0), (math.inf, 800.0))[0] == 2
+
+
+def test_a_metric_must_be_among_the_figures() -> None:
+    with pytest.raises(InvalidValue, match=r"^metric: must be one of perplexity, loss for these rows, got 'accuracy'"):
+        trainer(Regression(), eval_rows=ROWS, callbacks=[EarlyStopping(1, metric="accuracy")]).run()
+
+
 @settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=10))
 def test_a_run_killed_at_any_call_stops_at_the_same_version(deadly: list[tuple[int, bool]]) -> None:
@@ -85,7 +131,9 @@ def test_a_run_killed_at_any_call_stops_at_the_same_version(deadly: list[tuple[i
     np.testing.assert_array_equal(adapter.versions, whole.versions)
 
 
-@pytest.mark.parametrize("changes", [{"patience": 0}, {"min_delta": -1.0}, {"min_delta": float("nan")}])
+@pytest.mark.parametrize(
+    "changes", [{"patience": 0}, {"min_delta": -1.0}, {"min_delta": math.nan}, {"metric": "tokens"}]
+)
 def test_settings_are_checked(changes: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue) as caught:
         EarlyStopping(**{"patience": 1, **changes})

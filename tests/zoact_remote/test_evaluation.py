@@ -73,6 +73,7 @@ class Author:
         *,
         messages: Sequence[Mapping[str, str]] | None = None,
         max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
     ) -> Generation:
         asked = prompt if messages is None else messages[-1]["content"]
@@ -83,7 +84,8 @@ class Author:
         if asked not in self.texts:
             raise BadRequest("max_tokens: at most 3 tokens fit", status=400, param="max_tokens")
         self._others.set()
-        return Generation(3, self.texts[asked][:max_tokens], (), "stop")
+        text = self.texts[asked][:max_tokens]
+        return Generation(3, text.partition(stop)[0] if isinstance(stop, str) else text, (), "stop")
 
 
 def choice(answer: int, *logprobs: float, words: Sequence[str] = (" no", " yes")) -> dict[str, Any]:
@@ -165,6 +167,14 @@ def test_choices_that_differ_by_row_are_not_calibrated() -> None:
     assert found.accuracy == 0.5
     assert found.calibrated_accuracy is None
     assert found.macro_f1 is None
+
+
+def test_figures_by_name() -> None:
+    found = evaluate(Table(), [choice(0, -1.0, -2.0), choice(1, -1.0, -3.0)])
+    assert (found.figure("accuracy"), found.figure("loss")) == (0.5, 2.0)
+    for name in ("perplexity", "exact_match", "version"):
+        with pytest.raises(InvalidValue, match=f"^metric: must be one of accuracy, macro_f1, loss .*'{name}'"):
+            found.figure(name)
 
 
 def test_arguments_are_checked() -> None:

@@ -23,7 +23,7 @@ class Run(SimpleNamespace):
     """As much of a trainer as a guard knows, whose versions each have the loss that it is told."""
 
     def __init__(self) -> None:
-        super().__init__(version=0, step=0, rate_scale=1.0, returns=[])
+        super().__init__(version=0, probed=0, step=0, rate_scale=1.0, returns=[])
 
     def return_to(self, version: int) -> None:
         self.returns.append((self.step, version))
@@ -32,6 +32,7 @@ class Run(SimpleNamespace):
         for loss in losses:
             guard.on_loss(self, float(loss))  # type: ignore[arg-type]
             self.version += 1
+            self.probed = self.version
             self.step += 1
         return self
 

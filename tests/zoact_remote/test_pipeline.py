@@ -2,23 +2,28 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.soak.chaos_proxy import bad_network
 from tests.support import CALL_TIMEOUT_S, Servers, new_name
 from tests.support import ROWS as TEXTS
-from tests.zoact_remote.regression import ROWS, Regression, trainer
+from tests.zoact_remote.regression import ROWS, Disk, Killed, Regression, trainer
 from zoact_remote import (
+    SGD,
     Adam,
     Basis,
     Callback,
     Client,
     ConnectionFailed,
+    Guard,
     History,
     InvalidValue,
     Losses,
@@ -152,15 +157,17 @@ def test_it_goes_on_after_a_failure(lost: list[int]) -> None:
 class Watch(Callback):
     """Fails at a step's loss, once, or asks for a version that was."""
 
-    def __init__(self, fail_at: int | None = None, return_at: int | None = None, end_at: int | None = None) -> None:
-        self.fail_at, self.return_at, self.end_at = fail_at, return_at, end_at
+    def __init__(
+        self, fail_at: int | None = None, returns: Mapping[int, int] | None = None, end_at: int | None = None
+    ) -> None:
+        self.fail_at, self.returns, self.end_at = fail_at, returns or {}, end_at
 
     def on_loss(self, trainer: Trainer, loss: float) -> None:
         if trainer.step == self.fail_at:
             self.fail_at = None
             raise ZeroDivisionError
-        if trainer.step == self.return_at:
-            trainer.return_to(0)
+        if trainer.step in self.returns:
+            trainer.return_to(self.returns[trainer.step])
 
     def on_end(self, trainer: Trainer, history: History) -> None:
         if self.end_at is not None:
@@ -177,13 +184,64 @@ def test_a_step_that_a_callback_broke_off_is_done_again(step: int) -> None:
     np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
 
 
-def test_it_returns_to_a_version_at_the_end_alone() -> None:
+def test_it_returns_to_a_version_at_the_end() -> None:
     adapter = Remote()
     pipelined(adapter, callbacks=[Watch(end_at=20)]).run()
     np.testing.assert_array_equal(adapter.versions[:-1], one_step_stale(30))
     np.testing.assert_array_equal(adapter.versions[-1], adapter.versions[20])
-    with pytest.raises(RuntimeError, match="before the run's end"):
-        pipelined(Remote(), callbacks=[Watch(return_at=5)]).run()
+
+
+@pytest.mark.parametrize("held", [(), (4, 10, 12)])
+def test_it_starts_anew_at_a_version_that_it_returns_to(held: Sequence[int]) -> None:
+    adapter = Remote(held=held)
+    history = pipelined(adapter, steps=12, callbacks=[Watch(returns={0: 0, 5: 2, 6: 4, 11: 3})]).run()
+    assert [record.version for record in history.steps] == [0, 1, 1, 2, 3, 4, 6, 7, 7, 8, 9, 10]
+    assert [record.returned_to for record in history.steps if record.returned_to is not None] == [0, 2, 4, 3]
+    for made, version in {1: 0, 6: 2, 7: 4, 12: 3}.items():
+        np.testing.assert_array_equal(adapter.versions[made], adapter.versions[version])
+    for record in history.steps:
+        ((seed, _),) = record.terms
+        batch, c, step = trainer(adapter).batch(record.step), adapter.versions[record.version], 0.25 * adapter.z(seed)
+        assert record.loss == pytest.approx((adapter.loss(batch, c + step) + adapter.loss(batch, c - step)) / 2)
+    assert len(adapter.versions) == 13
+
+
+def guarded(adapter: Regression, *callbacks: Any) -> PipelinedTrainer:
+    """A run at a rate that is too high for it."""
+    guard = Guard(window=10, patience=5)
+    return pipelined(adapter, optimizer=SGD(), schedule=0.25, steps=200, callbacks=[guard, *callbacks])
+
+
+def test_a_guarded_run_that_would_diverge_learns() -> None:
+    adapter = Remote()
+    history = guarded(adapter).run()
+    assert adapter.loss(ROWS, adapter.versions[-1]) < 0.1 * adapter.loss(ROWS, adapter.versions[0])
+    probed: set[int] = set()
+    for record in history.steps:
+        assert record.returned_to is None or record.returned_to in probed
+        probed.add(record.version)
+    assert any(record.returned_to is not None for record in history.steps)
+
+
+@settings(max_examples=10)
+@given(st.sets(st.integers(1, 199), max_size=6))
+def test_a_guarded_run_may_be_killed_at_any_checkpoint(deadly: set[int]) -> None:
+    class Reaper(Disk):
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            super().on_checkpoint(trainer)
+            if trainer.step in left:
+                left.remove(trainer.step)
+                raise Killed
+
+    whole, adapter, disk, left = Remote(), Remote(), Reaper(), set(deadly)
+    guarded(whole, Disk()).run()
+    for _ in range(len(deadly) + 1):
+        run = guarded(adapter, disk)
+        if disk.state is not None:
+            run.load_state_dict(json.loads(disk.state))
+        with suppress(Killed):
+            run.run()
+    np.testing.assert_array_equal(adapter.versions, whole.versions)
 
 
 def test_someone_else_is_noticed() -> None:

@@ -15,9 +15,9 @@ from zoact_remote.history import History, StepRecord
 from zoact_remote.report import (
     MOST_CHANGES,
     Change,
-    accuracy_text,
     changed_answers,
-    loss_text,
+    figure_text,
+    results_cells,
     running_mean,
     write_report,
 )
@@ -157,6 +157,27 @@ def test_completion_tasks_have_losses_only(tmp_path: Path) -> None:
     assert "loss, nats · -0.500" in page
 
 
+@pytest.mark.parametrize(
+    ("metric", "values", "shown", "gain"),
+    [
+        ("macro_f1", (0.25, 0.5), "50.0%", "macro f1 · +25.0 points"),
+        ("exact_match", (0.0, 0.125), "12.5%", "exact match · +12.5 points"),
+        ("perplexity", (30.0, 12.5), "12.50", "perplexity · -17.50"),
+    ],
+)
+def test_the_figure_that_a_task_is_judged_by(
+    tmp_path: Path, metric: str, values: tuple[float, float], shown: str, gain: str
+) -> None:
+    results = {name: {metric: value, "loss": 1.0} for name, value in zip(("zero-shot", "tuned"), values, strict=True)}
+    run = history(10)
+    run.steps[-1] = replace(run.steps[-1], evaluation=replace(evaluation(10), **{metric: values[1]}))  # type: ignore[arg-type]
+    page = written(tmp_path, run, results=results, metric=metric)
+    assert f"<strong>{shown}</strong>" in page
+    assert gain in page
+    assert f"<h2>Evaluation {metric.replace('_', ' ')}</h2>" in page
+    assert "Evaluation accuracy" not in page
+
+
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
     run = History(
         steps=[StepRecord(i, i, loss, ((1, 1.0),), 1.0, 0.01, 1, 0.1, 0.1) for i, loss in enumerate((1.0, math.nan))]
@@ -188,8 +209,20 @@ def test_ticks_are_few_round_and_around_the_range(low: float, high: float) -> No
 
 
 def test_figures() -> None:
-    assert accuracy_text({"accuracy": 0.9, "rows": 100}) == "90.0% ± 3.0"
-    assert accuracy_text({"accuracy": 0.9}) == "90.0%"
-    assert accuracy_text({}) == "-"
-    assert loss_text({"loss": 0.41234}) == "0.412"
-    assert loss_text({"loss": None}) == "-"
+    assert figure_text("accuracy", {"accuracy": 0.9, "rows": 100}) == "90.0% ± 3.0"
+    assert figure_text("accuracy", {"accuracy": 0.9}) == "90.0%"
+    assert figure_text("accuracy", {}) == "-"
+    assert figure_text("token_f1", {"token_f1": 0.25, "rows": 100}) == "25.0%"
+    assert figure_text("perplexity", {"perplexity": 12.3456}) == "12.35"
+    assert figure_text("loss", {"loss": 0.41234}) == "0.412"
+    assert figure_text("loss", {"loss": None}) == "-"
+
+
+def test_a_table_has_the_figures_that_there_are() -> None:
+    results: dict[str, dict[str, Any]] = {
+        "a": {"loss": 1.0, "token_f1": None, "perplexity": 2.0},
+        "b": {"token_f1": 0.5, "rows": 3},
+    }
+    heads, lines = results_cells(results)
+    assert heads == ["token f1", "perplexity", "loss", "rows"]
+    assert lines == [("a", "-", "2.00", "1.000", "-"), ("b", "50.0%", "-", "-", "3")]

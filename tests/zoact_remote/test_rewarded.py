@@ -56,6 +56,7 @@ class Author(Regression):
         max_tokens: int = 64,
         temperature: float = 0.0,
         seed: int | None = None,
+        stop: str | Sequence[str] = (),
         version: int | None = None,
         probe: Side | None = None,
     ) -> Generation:
@@ -65,7 +66,7 @@ class Author(Regression):
         if probe is not None:
             c = c + probe.sign * probe.epsilon * self.z(probe.seed)
         text = repr(float(np.dot(prompt, c))) if prompt is not None else ""
-        return Generation(version, text + " and so on", (1, 2, 3), "length")
+        return Generation(version, text if stop == " and" else text + " and so on", (1, 2, 3), "length")
 
 
 def closeness(row: Row, text: str) -> float:

@@ -30,6 +30,7 @@ from zoact_remote import (
     Trainer,
     TrainingDiverged,
     TwoPoint,
+    evaluate,
     linear,
 )
 from zoact_remote.wire import ProbeLoss
@@ -150,6 +151,21 @@ def test_no_key_is_used_for_two_updates_by_a_server_that_rounds_differently_each
         with suppress(Killed):
             run.run()
     assert len(adapter.versions) == 10
+
+
+def test_a_run_is_evaluated_as_it_is_told() -> None:
+    asked: list[int | None] = []
+    adapter = Regression()
+
+    def evaluator(version: int | None) -> Evaluation:
+        asked.append(version)
+        return evaluate(adapter, ROWS[:4], version=version)
+
+    by_rows = trainer(Regression(), eval_rows=ROWS[:4], eval_every=2, steps=5).run()
+    assert trainer(adapter, evaluator=evaluator, eval_every=2, steps=5).run().evaluations == by_rows.evaluations
+    assert asked == [None, 2, 4, 5]
+    with pytest.raises(InvalidValue, match="evaluator"):
+        trainer(adapter, evaluator=evaluator, eval_rows=ROWS)
 
 
 def test_an_update_leaves_after_the_checkpoint_that_holds_it() -> None:

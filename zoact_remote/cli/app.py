@@ -12,6 +12,7 @@ from zoact_remote.cli.quickstart import quickstart
 from zoact_remote.cli.runs import runs
 from zoact_remote.cli.serve import serve
 from zoact_remote.cli.tenants import tenants
+from zoact_remote.cli.top import top
 from zoact_remote.cli.train import train
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command("import")(import_)
 app.command()(adapters)
 app.command()(rollback)
 app.command()(audit)
+app.command()(top)
 app.add_typer(tenants, name="tenants")
 app.command()(quickstart)
 

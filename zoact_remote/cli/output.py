@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-OTHER_FIGURES: dict[str, Callable[[float], str]] = {
-    "macro_f1": "{:.1%}".format,
-    "exact_match": "{:.1%}".format,
-    "token_f1": "{:.1%}".format,
-    "number_match": "{:.1%}".format,
-    "perplexity": "{:.2f}".format,
-}
-"""How figures beside accuracy and loss are shown."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of SIGINT, as shells have it."""
 
@@ -122,18 +114,17 @@ def _fail(output: Output, described: Mapping[str, Any]) -> None:
 
 
 def results_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Figures by name: accuracy, loss and rows, and between them what else there is."""
+    """Figures by name."""
     from rich import box
     from rich.table import Table
 
-    from zoact_remote.report import NONE, accuracy_text, loss_text
+    from zoact_remote.report import results_cells
 
-    others = [figure for figure in OTHER_FIGURES if any(r.get(figure) is not None for r in results.values())]
+    heads, lines = results_cells(results)
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("")
-    for heading in ("accuracy", *(figure.replace("_", " ") for figure in others), "loss", "rows"):
+    for heading in heads:
         table.add_column(heading, justify="right")
-    for name, result in results.items():
-        shown = [NONE if result.get(figure) is None else OTHER_FIGURES[figure](result[figure]) for figure in others]
-        table.add_row(name, accuracy_text(result), *shown, loss_text(result), str(result.get("rows", "")))
+    for line in lines:
+        table.add_row(*line)
     return table

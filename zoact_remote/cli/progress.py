@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from zoact_remote.callbacks import Callback
+from zoact_remote.metrics import FIGURES, spelt
 from zoact_remote.report import MEAN_OVER
 
 if TYPE_CHECKING:
@@ -20,17 +21,18 @@ if TYPE_CHECKING:
     from zoact_remote.evaluation import Evaluation
     from zoact_remote.history import StepRecord
     from zoact_remote.training import Trainer
-    from zoact_remote.wire import Losses, Probe, Row, Scores, Update, UpdateResult
+    from zoact_remote.wire import Generation, Losses, Probe, Row, Scores, Update, UpdateResult
 
 
 class TrainingBar(Callback):
     """Shows a run: a callback for its trainer.
 
-    The loss is the mean over the last steps, since a single batch's says little; the accuracy is the last evaluation's.
+    The loss is the mean over the last steps, since a single batch's says little; the metric is the last evaluation's.
     """
 
-    def __init__(self, progress: Progress, steps: int) -> None:
+    def __init__(self, progress: Progress, steps: int, metric: str) -> None:
         self._progress = progress
+        self._metric = metric
         self._task: TaskID = progress.add_task("training", total=steps, figures="")
         self._recent: deque[StepRecord] = deque(maxlen=MEAN_OVER)
         self._evaluation: Evaluation | None = None
@@ -42,8 +44,8 @@ class TrainingBar(Callback):
         loss = sum(step.loss for step in self._recent) / len(self._recent)
         seconds = sum(step.seconds for step in self._recent)
         figures = [f"loss {loss:.3f}"]
-        if self._evaluation is not None and self._evaluation.accuracy is not None:
-            figures.append(f"accuracy {self._evaluation.accuracy:.1%}")
+        if self._evaluation is not None:
+            figures.append(f"{spelt(self._metric)} {self._evaluation.figure(self._metric):{FIGURES[self._metric]}}")
         if seconds > 0:
             figures.append(f"{sum(step.tokens for step in self._recent) / seconds:,.0f} tokens/s")
         self._progress.update(self._task, completed=record.step + 1, figures=" · ".join(figures))
@@ -54,8 +56,8 @@ class TrainingBar(Callback):
 
 
 @contextmanager
-def training_bar(console: Console, steps: int) -> Iterator[TrainingBar]:
-    """A progress bar while the context lasts."""
+def training_bar(console: Console, steps: int, metric: str) -> Iterator[TrainingBar]:
+    """A progress bar while the context lasts, for a task that is judged by the metric."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=None),
@@ -64,7 +66,7 @@ def training_bar(console: Console, steps: int) -> Iterator[TrainingBar]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, expand=True) as progress:
-        yield TrainingBar(progress, steps)
+        yield TrainingBar(progress, steps, metric)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,18 @@ class Watched:
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         self.bar.doing("evaluating")
         return self.adapter.scores(rows, version=version)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | None = None,
+        *,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        max_tokens: int = 64,
+        stop: str | Sequence[str] = (),
+        version: int | None = None,
+    ) -> Generation:
+        self.bar.doing("generating")
+        return self.adapter.generate(prompt, messages=messages, max_tokens=max_tokens, stop=stop, version=version)
 
     def update(self, update: Update) -> UpdateResult:
         return self.adapter.update(update)

@@ -18,7 +18,7 @@ from zoact_remote.cli.settings import QUICKSTART, TrainingSettings
 
 if TYPE_CHECKING:
     from zoact_remote.cli.local_server import LocalServer
-    from zoact_remote.tasks import Task
+    from zoact_remote.tasks import Example, Task
     from zoact_remote.wire import Json, Row
 
 TICKETS = Path("examples/data/tickets.jsonl")
@@ -88,7 +88,7 @@ def _demonstrate(
     engine: str,
     task: Task,
     rows: Sequence[Row],
-    held_out: Sequence[Row],
+    held_out: Sequence[Example],
     settings: TrainingSettings,
     out: Path,
     output: Output,
@@ -102,7 +102,7 @@ def _demonstrate(
             server.wait_until_ready(client)
         run = train_adapter(client, ADAPTER, task, rows, held_out, settings, out, output)
         exported = run.adapter.export(out / "adapter")
-        example = held_out[0]
+        example = held_out[0].row
         prompt, answer = example["prompt"], example["choices"][example["answer"]]
         before, after = (run.adapter.generate(prompt, max_tokens=3, version=at).text for at in (0, None))
     return run.result | {
@@ -118,8 +118,8 @@ def _demonstrate(
     }
 
 
-def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Row]]:
-    """The task, and the rows to train on and those held out."""
+def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Example]]:
+    """The task, the rows to train on and what is held out."""
     from zoact_remote.cli.data import make_task, split
     from zoact_remote.tasks import BUILTIN, load_records
 
@@ -138,11 +138,12 @@ def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequenc
     task = task or make_task(records)
     if task.labels is None:
         raise CommandFailed(f"{dataset or data} has no text and label, which the quickstart shows: use zoact train")
-    rows = task.rows(records)
-    training, held_out = (rows[:cut], rows[cut:]) if cut is not None else split(rows, HELD_OUT)
+    training, held_out = (records[:cut], records[cut:]) if cut is not None else split(records, HELD_OUT)
     if not training or not held_out:
-        raise CommandFailed(f"{dataset or data} has {len(rows)} records, too few to train on some and hold out others")
-    return task, training, held_out
+        raise CommandFailed(
+            f"{dataset or data} has {len(records)} records, too few to train on some and hold out others"
+        )
+    return task, task.rows(training), task.examples(held_out)
 
 
 def _hub_records(name: str) -> list[Json]:

@@ -20,10 +20,11 @@ from zoact_remote.cli.progress import Watched, training_bar
 from zoact_remote.cli.run_files import CHECKPOINT, CONFIG, METRICS, REPORT, RESULT, TASK, RunFiles
 from zoact_remote.cli.settings import TrainingSettings
 from zoact_remote.errors import NotFound
-from zoact_remote.evaluation import Evaluation, calibrated, evaluate
+from zoact_remote.evaluation import Evaluation, calibrated, evaluate_examples
 from zoact_remote.files import write_atomically
 from zoact_remote.history import History
 from zoact_remote.loggers import make_logger
+from zoact_remote.metrics import OF_TEXT
 from zoact_remote.report import changed_answers, write_report
 from zoact_remote.training import Trainer, rows_digest
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
     from zoact_remote.noise import Distribution
-    from zoact_remote.tasks import Task
+    from zoact_remote.tasks import Example, Task
     from zoact_remote.wire import AdapterInfo, BasisResult, Info, Json, Row
 
 ZERO_SHOT, IMPORTED, CALIBRATED, TUNED = "zero-shot", "imported", "label-calibrated {}", "tuned"
@@ -47,8 +48,8 @@ class Run:
 
     Attributes:
         adapter: what it trained.
-        results: accuracy, loss and rows of version 0 (the model alone, or with what was imported), of it with its bias
-            for labels taken away, and tuned. Empty without evaluation rows.
+        results: the task's figures, loss and rows of version 0 (the model alone, or with what was imported), of it with
+            its bias for labels taken away, and tuned. Empty without held-out rows.
         result: everything about the run but its steps, fit for JSON; ``result.json`` holds it too.
 
     """
@@ -63,7 +64,7 @@ def train_adapter(
     name: str,
     task: Task,
     rows: Sequence[Row],
-    eval_rows: Sequence[Row],
+    held_out: Sequence[Example],
     settings: TrainingSettings,
     directory: Path,
     output: Output,
@@ -77,9 +78,9 @@ def train_adapter(
     Args:
         client: of the server.
         name: of the adapter.
-        task: that the rows were made by; it is written beside the results.
+        task: that the rows were made by, and by whose metric the run is judged; it is written beside the results.
         rows: to train on; the basis is taken from some of them.
-        eval_rows: held out; may be empty.
+        held_out: to evaluate on; may be empty.
         settings: of the run.
         directory: made if it does not exist, for what :mod:`~zoact_remote.cli.run_files` keeps, ``config.toml``,
             ``task.toml``, ``result.json`` and ``report.html``.
@@ -99,7 +100,7 @@ def train_adapter(
             _check_untrained(client.adapter(name))
     # A package that is missing is named before anything is done.
     loggers = [make_logger(kind, name, directory, asdict(settings)) for kind in (config.log_to if config else ())]
-    eval_rows = spread(eval_rows, settings.eval_rows)
+    held_out = spread(held_out, settings.eval_rows)
     directory.mkdir(parents=True, exist_ok=True)
     info = client.info()
     about = {
@@ -108,7 +109,8 @@ def train_adapter(
         "continue": go_on,
         "settings": asdict(settings),
         "rows": rows_digest(rows),
-        "eval_rows": rows_digest(eval_rows),
+        "eval_rows": rows_digest(map(asdict, held_out)),
+        "task": task.to_dict(),
     }
     with closing(RunFiles(directory, about, resume=resume)) as files:
         (directory / TASK).write_text(task.to_toml(), encoding="utf-8")
@@ -120,17 +122,19 @@ def train_adapter(
         # One that was imported has a rank of its own.
         settings = replace(settings, rank=adapter.info.rank)
         settings = measured(adapter, rows, settings, files, output)
-        facts = _facts(info, adapter, task, settings, len(rows), len(eval_rows))
-        history, results = _train(adapter, rows, eval_rows, settings, directory, output, files, loggers, facts)
-        result = _result(adapter, info, history, settings, results, directory) | {"measured": files.measured}
+        facts = _facts(info, adapter, task, settings, len(rows), len(held_out))
+        history, results = _train(adapter, task, rows, held_out, settings, directory, output, files, loggers, facts)
+        result = _result(adapter, info, history, settings, results, directory)
+        result |= {"metric": task.metric, "measured": files.measured}
     write_atomically(directory / RESULT, _dump(result).encode())
     return Run(adapter, results, result)
 
 
 def _train(
     adapter: Adapter,
+    task: Task,
     rows: Sequence[Row],
-    eval_rows: Sequence[Row],
+    held_out: Sequence[Example],
     settings: TrainingSettings,
     directory: Path,
     output: Output,
@@ -139,13 +143,15 @@ def _train(
     facts: Mapping[str, object],
 ) -> tuple[History, dict[str, Json]]:
     """Train, and write the report; the run and its results."""
+    assert task.metric is not None
     start = None
-    if eval_rows and files.start_version:
+    if held_out and files.start_version:
         with output.waiting("evaluating version 0"):
-            start = files.of_version_0(lambda: evaluate(adapter, eval_rows, version=0))
-    with training_bar(output.console, settings.steps) as bar:
+            start = files.of_version_0(lambda: evaluate_examples(adapter, task, held_out, version=0))
+    with training_bar(output.console, settings.steps, task.metric) as bar:
+        watched = Watched(adapter, bar)
         trainer = Trainer(
-            Watched(adapter, bar),
+            watched,
             settings.make_estimator(),
             settings.make_optimizer(),
             settings.make_schedule(),
@@ -153,9 +159,11 @@ def _train(
             steps=settings.steps,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            eval_rows=eval_rows,
             eval_every=settings.eval_every,
-            callbacks=[files, *settings.make_callbacks(), *loggers, bar],
+            evaluator=(
+                (lambda version: evaluate_examples(watched, task, held_out, version=version)) if held_out else None
+            ),
+            callbacks=[files, *settings.make_callbacks(task.metric), *loggers, bar],
         )
         files.restore(trainer)
         if trainer.step:
@@ -164,11 +172,11 @@ def _train(
             history = trainer.run()
         except BaseException:
             # The curves up to a failure are what explains it.
-            _report(directory, adapter.info, facts, trainer.history, start, eval_rows)
+            _report(directory, adapter.info, facts, trainer.history, start, task, held_out)
             raise
         bar.doing("trained")
-    _report(directory, adapter.info, facts, history, start, eval_rows)
-    return history, _results(adapter.info, start, history, eval_rows)
+    _report(directory, adapter.info, facts, history, start, task, held_out)
+    return history, _results(adapter.info, start, history, task, held_out)
 
 
 def _ready_adapter(
@@ -222,32 +230,35 @@ def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
     )
 
 
-def _results(adapter: AdapterInfo, start: Evaluation | None, history: History, rows: Sequence[Row]) -> dict[str, Json]:
+def _results(
+    adapter: AdapterInfo, start: Evaluation | None, history: History, task: Task, held_out: Sequence[Example]
+) -> dict[str, Json]:
     start = start or history.baseline
     if start is None:
         return {}
     version_0 = ZERO_SHOT if adapter.imported_digest is None else IMPORTED
-    results = {version_0: _figures(start, rows)}
+    results = {version_0: _figures(start, task)}
     if start.calibrated_accuracy is not None:
         results[CALIBRATED.format(version_0)] = {
             "accuracy": start.calibrated_accuracy,
-            "loss": calibrated_loss(start, rows),
-            "rows": len(rows),
+            "loss": calibrated_loss(start, [example.row["answer"] for example in held_out]),
+            "rows": len(held_out),
         }
     if history.final is not None:
-        results[TUNED] = _figures(history.final, rows)
+        results[TUNED] = _figures(history.final, task)
     return results
 
 
-def _figures(evaluation: Evaluation, rows: Sequence[Row]) -> Json:
-    return {"accuracy": evaluation.accuracy, "loss": evaluation.loss, "rows": len(rows)}
+def _figures(evaluation: Evaluation, task: Task) -> Json:
+    """What a table of results has, without figures of text that were not asked for."""
+    shown = ("accuracy", task.metric, *OF_TEXT, "loss", "rows")
+    return {name: value for name, value in evaluation.to_json().items() if name in shown}
 
 
-def calibrated_loss(evaluation: Evaluation, rows: Sequence[Row]) -> float:
+def calibrated_loss(evaluation: Evaluation, answers: Sequence[int]) -> float:
     """Mean cross-entropy, in nats, of the labels' scores after calibration."""
     scores = calibrated(evaluation.logprobs)
-    answers = [row["answer"] for row in rows]
-    return float(np.mean(np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(rows)), answers]))
+    return float(np.mean(np.logaddexp.reduce(scores, axis=1) - scores[np.arange(len(answers)), answers]))
 
 
 def _facts(
@@ -278,15 +289,18 @@ def _report(
     facts: Mapping[str, object],
     history: History,
     start: Evaluation | None,
-    rows: Sequence[Row],
+    task: Task,
+    held_out: Sequence[Example],
 ) -> None:
+    assert task.metric is not None
     write_report(
         directory / REPORT,
         title=adapter.name,
         settings=facts,
         history=history,
-        results=_results(adapter, start, history, rows),
-        changes=changed_answers(rows, start or history.baseline, history.final),
+        results=_results(adapter, start, history, task, held_out),
+        metric=task.metric,
+        changes=changed_answers([example.row for example in held_out], start or history.baseline, history.final),
     )
 
 

@@ -15,6 +15,8 @@ from zoact_remote.cli.output import CommandFailed, reporting
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from zoact_remote.tasks import Task
+
 
 def runs(
     directory: Annotated[Path, typer.Argument(help="Where the runs' directories are.", metavar="DIRECTORY")] = Path(
@@ -32,37 +34,44 @@ def runs(
 
 def _described(run: Path, directory: Path) -> dict[str, Any]:
     from zoact_remote.cli.run_files import CHECKPOINT, EVALUATIONS, METRICS, RESULT, TASK, is_under_way
+    from zoact_remote.metrics import LESS_IS_BETTER
     from zoact_remote.report import running_mean
 
     about = json.loads((run / CHECKPOINT).read_bytes())
     steps = list(_json_lines(run / METRICS))
     evaluations = list(_json_lines(run / EVALUATIONS))
     losses = [step["loss"] for step in steps if step["loss"] is not None]
-    accuracies = [line["accuracy"] for line in evaluations if line["accuracy"] is not None]
+    task = _task(run / TASK)
+    metric = task.metric if task is not None and task.metric is not None else "accuracy"
+    figures = [line[metric] for line in evaluations if line[metric] is not None]
     under_way = is_under_way(run)
     result = json.loads((run / RESULT).read_bytes()) if (run / RESULT).is_file() else {}
     return {
         "name": str(run.relative_to(directory)),
         "adapter": about["name"],
-        "task": _task(run / TASK),
+        "task": task and _task_name(task),
         "state": "running" if under_way else "done" if result else "cut off",
         "steps": len(steps),
         "of": about["settings"]["steps"],
         "loss": running_mean(losses)[-1] if losses else None,
-        "accuracy_before": accuracies[0] if accuracies else None,
-        "accuracy_after": result.get("results", {}).get("tuned", {}).get("accuracy"),
-        "best_accuracy": max(accuracies, default=None),
+        "metric": metric,
+        "before": figures[0] if figures else None,
+        "after": result.get("results", {}).get("tuned", {}).get(metric),
+        "best": (min if metric in LESS_IS_BETTER else max)(figures, default=None),
         "seconds": sum(step["seconds"] for step in steps),
     }
 
 
-def _task(path: Path) -> str | None:
-    """A built-in task's name, or the kind of answers that a task has."""
-    from zoact_remote.tasks import BUILTIN, Task
+def _task(path: Path) -> Task | None:
+    from zoact_remote.tasks import Task
 
-    if not path.is_file():
-        return None
-    task = Task.from_file(path)
+    return Task.from_file(path) if path.is_file() else None
+
+
+def _task_name(task: Task) -> str:
+    """A built-in task's name, or the kind of answers that a task has."""
+    from zoact_remote.tasks import BUILTIN
+
     return next((name for name, known in BUILTIN.items() if known == task), task.kind)
 
 
@@ -77,6 +86,7 @@ def _table(found: list[dict[str, Any]]) -> Table:
     from rich import box
     from rich.table import Table
 
+    from zoact_remote.metrics import FIGURES, spelt
     from zoact_remote.report import NONE
 
     def shown(value: float | None, form: str) -> str:
@@ -86,8 +96,8 @@ def _table(found: list[dict[str, Any]]) -> Table:
     table.add_column("run", no_wrap=True)
     for heading in ("adapter", "task", "state"):
         table.add_column(heading)
-    for heading in ("steps", "loss", "before", "after", "best", "seconds"):
-        table.add_column(heading, justify="right")
+    for heading in ("steps", "loss", "metric", "before", "after", "best", "seconds"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
     for run in found:
         table.add_row(
             run["name"],
@@ -96,7 +106,8 @@ def _table(found: list[dict[str, Any]]) -> Table:
             run["state"],
             f"{run['steps']}/{run['of']}",
             shown(run["loss"], ".3f"),
-            *(shown(run[name], ".1%") for name in ("accuracy_before", "accuracy_after", "best_accuracy")),
+            spelt(run["metric"]),
+            *(shown(run[name], FIGURES[run["metric"]]) for name in ("before", "after", "best")),
             shown(run["seconds"], ",.0f"),
         )
     return table

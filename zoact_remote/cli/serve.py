@@ -24,7 +24,16 @@ from zoact_remote.cli.vllm_command import (
 )
 
 DEFAULT_STATE = Path("zoact-state")
-SERVER_PACKAGES = ("fastapi", "pydantic", "safetensors", "structlog", "torch", "transformers", "uvicorn")
+SERVER_PACKAGES = (
+    "fastapi",
+    "prometheus_client",
+    "pydantic",
+    "safetensors",
+    "structlog",
+    "torch",
+    "transformers",
+    "uvicorn",
+)
 
 
 def serve(

@@ -91,14 +91,16 @@ class TrainingSettings:
     )
     eval_rows: int = setting(400, "evaluation", "Held-out rows evaluated at most, evenly spaced.", key="rows", least=1)
     patience: int | None = setting(
-        None, "evaluation", "Stop after this many evaluations without a new best held-out loss.", least=1
+        None, "evaluation", "Stop after this many evaluations without a new best, by the task's metric.", least=1
     )
-    min_delta: float = setting(0.0, "evaluation", "Nats by which a new best must be below the last one.", least=0)
+    min_delta: float = setting(
+        0.0, "evaluation", "By how much a new best must beat the last one; 0.01 is a point of accuracy.", least=0
+    )
     keep_best: bool = setting(
         False,
         "evaluation",
-        "Return to the version with the least held-out loss at the end. Figures on the rows that it was chosen by are "
-        "then a little too good.",
+        "Return at the end to the version that did best by the task's metric. Figures on the rows that it was chosen "
+        "by are then a little too good.",
     )
 
     def resolved(self) -> TrainingSettings:
@@ -175,14 +177,14 @@ class TrainingSettings:
         decay = schedules.linear if self.schedule == "linear" else schedules.cosine
         return decay(self.learning_rate, self.steps, warmup=self.warmup)
 
-    def make_callbacks(self) -> list[Guard | EarlyStopping]:
-        """What watches over the run."""
+    def make_callbacks(self, metric: str) -> list[Guard | EarlyStopping]:
+        """What watches over a run whose task is judged by the metric."""
         from zoact_remote.early_stopping import EarlyStopping
         from zoact_remote.guard import Guard
 
         made: list[Guard | EarlyStopping] = [Guard()] if self.guard else []
         if self.patience is not None or self.keep_best:
-            made.append(EarlyStopping(self.patience, min_delta=self.min_delta, keep_best=self.keep_best))
+            made.append(EarlyStopping(self.patience, metric=metric, min_delta=self.min_delta, keep_best=self.keep_best))
         return made
 
 

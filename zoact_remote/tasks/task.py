@@ -105,7 +105,7 @@ class Task:
             choices; for text ``perplexity`` (as if None), or ``exact_match``, ``token_f1`` or ``number_match`` of what
             the model generates (:mod:`zoact_remote.metrics`).
         max_tokens: most tokens to generate; 64 if None.
-        stop: generated text is cut off before it; empty for nowhere. If None, a new line for a completion and nowhere
+        stop: generated text ends before it; empty for nowhere. If None, a new line for a completion and nowhere
             for messages.
 
     Raises:

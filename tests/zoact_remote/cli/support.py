@@ -48,8 +48,11 @@ def figures(adapter: Adapter, rows: Sequence[Row], version: int) -> dict[str, An
         for row, score in zip(rows, scores.rows, strict=True)
         if "answer" in row
     ]
-    accuracy = float(np.mean(hits)) if hits else None
-    return {"accuracy": accuracy, "loss": pytest.approx(scores.loss, abs=1e-4), "rows": len(rows)}
+    found = {"loss": pytest.approx(scores.loss, abs=1e-4), "rows": len(rows)}
+    if hits:
+        return {"accuracy": float(np.mean(hits)), **found}
+    per_token = sum(score.logprobs[0] for score in scores.rows) / sum(score.tokens[0] for score in scores.rows)
+    return {"accuracy": None, "perplexity": pytest.approx(math.exp(-per_token), rel=1e-4), **found}
 
 
 def read_json(path: Path) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from tests.zoact_remote.cli.support import run
 
 
-@pytest.mark.parametrize("command", [(), ("train",)])
+@pytest.mark.parametrize("command", [(), ("train",), ("top",)])
 def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
     program = (
         "import sys; from zoact_remote.cli import main\n"
@@ -23,7 +23,7 @@ def test_help_loads_nothing_heavy(command: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "train", "runs", "eval", "export", "adapters", "rollback", "audit", "quickstart"]
+    "command", ["serve", "train", "runs", "eval", "export", "adapters", "rollback", "audit", "top", "quickstart"]
 )
 def test_every_command_has_help(command: str) -> None:
     assert "Usage" in run(command, "--help").output

@@ -72,6 +72,7 @@ def test_settings_make_the_method() -> None:
     assert TrainingSettings(schedule="cosine").make_schedule()(399) < 1e-3 * 2e-3
     assert TrainingSettings(warmup=10).make_schedule()(0) == 2e-4
     assert TrainingSettings(estimator="forward-difference", probes=3).make_estimator().ask(lambda: 1).base
-    assert [type(made) for made in DEFAULTS.make_callbacks()] == [Guard]
-    stopping = TrainingSettings(guard=False, patience=2, eval_every=5)
-    assert [type(made) for made in stopping.make_callbacks()] == [EarlyStopping]
+    assert [type(made) for made in DEFAULTS.make_callbacks("accuracy")] == [Guard]
+    (stopping,) = TrainingSettings(guard=False, patience=2, eval_every=5).make_callbacks("token_f1")
+    assert isinstance(stopping, EarlyStopping)
+    assert (stopping.patience, stopping.metric) == (2, "token_f1")

@@ -155,12 +155,14 @@ def test_training_further_is_resumed_too(data: str, name: str, client: Client, c
         (("--eval", "other.jsonl", "--hold-out", "0"), "rows"),
         (("--template", "{text}!"), "rows"),
         (("--continue",), "continue"),
+        (("--task", "macro.toml"), "task.metric"),
     ],
 )
 def test_another_run_is_not_resumed(
     data: str, name: str, client: Client, cut_off: Any, changes: tuple[str, ...], field: str
 ) -> None:
     Path("other.jsonl").write_text(json.dumps(RECORDS[0]) + "\n")
+    Path("macro.toml").write_text(TASK.to_toml().replace("accuracy", "macro_f1"))
     cut_off(5, answered=True)
     train = ("train", data, "--adapter", name, *OPTIONS)
     assert attempt(*train) == INTERRUPTED
@@ -212,8 +214,8 @@ class Nervous(Guard):
 def _nervous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs go back twice, and at their end to the best evaluation."""
 
-    def watch(_: TrainingSettings) -> list[Callback]:
-        return [Nervous(window=2, patience=2), EarlyStopping(None, keep_best=True)]
+    def watch(_: TrainingSettings, metric: str) -> list[Callback]:
+        return [Nervous(window=2, patience=2), EarlyStopping(None, metric=metric, keep_best=True)]
 
     monkeypatch.setattr(TrainingSettings, "make_callbacks", watch)
 

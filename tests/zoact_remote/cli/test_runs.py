@@ -19,9 +19,10 @@ def test_runs_are_listed(data: str, name: str, client: Client) -> None:
     evaluations = [json.loads(line)["accuracy"] for line in (out / "evaluations.jsonl").read_text().splitlines()]
     assert (found["name"], found["adapter"], found["task"]) == (out.name, name, "labels")
     assert (found["state"], found["steps"], found["of"]) == ("done", 4, 4)
-    assert found["accuracy_before"] == made["results"]["zero_shot"]["accuracy"]
-    assert found["accuracy_after"] == made["results"]["tuned"]["accuracy"]
-    assert found["best_accuracy"] == max(evaluations)
+    assert found["metric"] == made["metric"] == "accuracy"
+    assert found["before"] == made["results"]["zero_shot"]["accuracy"]
+    assert found["after"] == made["results"]["tuned"]["accuracy"]
+    assert found["best"] == max(evaluations)
     assert found["seconds"] == pytest.approx(made["seconds"])
     shown = run("runs").stdout
     assert out.name in shown

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
+from tests.support import new_adapter
 from tests.zoact_remote.cli.support import HELD_OUT, RECORDS, TASK, figures, read_json, results_of, run, run_json
-from zoact_remote import Client
+from zoact_remote import Client, evaluate_task
 from zoact_remote.tasks import Task
 
 SHORT = ("--steps", "2", "--batch-size", "2")
@@ -58,6 +59,49 @@ def test_train_completions(data: str, name: str, client: Client) -> None:
     assert list(results) == ["zero_shot", "tuned"]
     assert results["zero_shot"] == figures(client.adapter(name), rows, version=0)
     assert results["zero_shot"]["accuracy"] is None
+
+
+def test_train_by_the_metric_of_a_task(name: str, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["The parcel", "What a joy", "I cannot", "The second"]
+    untrained = new_adapter(client)
+    texts = [untrained.generate(prompt, max_tokens=4, version=0).text for prompt in prompts]
+    # What is learnt leads away from what the model wrote at first, which is right, too, but for the last.
+    answers = [["Please send my money back", text] for text in texts[:3]] + [["Please send my money back"]]
+    lines = [{"q": prompt, "answers": answer} for prompt, answer in zip(prompts, answers, strict=True)]
+    Path("data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("task.toml").write_text(
+        'template = "{q}"\ncompletion = " {answers}"\nmetric = "exact_match"\nmax_tokens = 4\nstop = ""\n'
+    )
+    options = ("--task", "task.toml", "--eval", "data.jsonl", "--steps", "8", "--learning-rate", "0.3", "--keep-best")
+    made = run_json("train", "data.jsonl", "--adapter", name, *options, "--eval-every", "4")
+    out = results_of(name)
+
+    assert made["metric"] == "exact_match"
+    (zero_shot, tuned), start = made["results"].values(), evaluate_task(untrained, Task.from_file("task.toml"), lines)
+    assert zero_shot["exact_match"] == start.exact_match == 0.75
+    assert zero_shot["token_f1"] == start.token_f1
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    halfway, last = metrics[3]["evaluation"], metrics[7]["evaluation"]
+    assert max(halfway["exact_match"], last["exact_match"]) < 0.75, "training must do harm for this test"
+    assert (made["kept"], tuned["exact_match"]) == (0, 0.75)
+
+    (listed,) = run_json("runs")["runs"]
+    assert [listed[key] for key in ("metric", "before", "after", "best")] == ["exact_match", 0.75, 0.75, 0.75]
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "exact match" in run("runs").stdout
+    page = (out / "report.html").read_text()
+    assert "<h2>Evaluation exact match</h2>" in page
+    assert "<strong>75.0%</strong>" in page
+    untrained.delete()
+
+
+def test_train_shows_the_metric_of_a_task(data: str, name: str, client: Client) -> None:
+    Path("task.toml").write_text(TASK.to_toml().replace("accuracy", "macro_f1"))
+    shown = run("train", data, "--adapter", name, *SHORT, "--task", "task.toml").stdout
+    found = read_json(results_of(name) / "result.json")["results"]["tuned"]
+    (line,) = (line for line in shown.splitlines() if line.strip().startswith("tuned"))
+    assert "macro f1" in shown
+    assert line.split()[-3:] == [f"{found['macro_f1']:.1%}", f"{found['loss']:.3f}", "4"]
 
 
 def test_train_on_conversations(name: str, client: Client) -> None:

@@ -1,0 +1,342 @@
+"""A whole training step, client included, against what else people do with forward passes alone.
+
+    python benchmarks/gpu/training_step.py --geometry llama-8b --pairs 1 8 --tenants 1 4 16 64
+
+A step is the losses of some ± pairs on one batch, and the update that follows from them. Random weights of the given
+geometry, token ids, the last token scored. Each method is a process of its own on the same device:
+
+- ``mezo``: all weights perturbed in place, in plain Transformers (MeZO, arXiv 2305.17333);
+- ``in-place``: the same through vLLM, prefix caching off;
+- ``hot-swap``: LoRA adapters written to files and loaded into stock vLLM's server, one for each side of a pair;
+- ``ours``: ``zoact serve`` and a Trainer, over loopback; also with several tenants that train at once.
+
+Prints two tables in Markdown: medians over the steps, and the tenants'. Runs on the CPU too, in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import geometry
+import torch
+
+from zoact_remote.cli.vllm_command import CPU_ENVIRONMENT
+
+HERE = Path(__file__).parent
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPE: Literal["bfloat16", "float32"] = "bfloat16" if ON_GPU else "float32"
+EPSILON, RATE = 2.0**-7, 1e-6
+SCORED = 100
+"""The token whose log-probability is the loss."""
+WARM_UP = 2
+METHODS = ("mezo", "in-place", "hot-swap", "ours")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", choices=geometry.GEOMETRIES, default="llama-8b")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tenants", type=int, nargs="*", default=[1, 4, 16, 64])
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--out", help="file for the figures, as JSON lines")
+    parser.add_argument("--method", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.method:
+        measure(options)
+        return
+    found: list[dict[str, Any]] = []
+    for method in options.methods:
+        environment = os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
+        if not ON_GPU:
+            environment = CPU_ENVIRONMENT | environment
+        with tempfile.NamedTemporaryFile() as result:
+            command = [sys.executable, __file__, *sys.argv[1:], "--method", method, "--out", result.name]
+            subprocess.run(command, env=environment, check=False)
+            found += [json.loads(line) for line in Path(result.name).read_text().splitlines()]
+    if options.out:
+        with open(options.out, "a") as out:
+            out.writelines(json.dumps(row) + "\n" for row in found)
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    print(
+        f"\n{device}, {options.geometry}, {DTYPE}, rank {options.rank}, {options.rows} rows of {options.tokens} tokens"
+    )
+    print("\n| pairs a step | method | s a step | of ours |\n| --- | --- | --- | --- |")
+    ours = {row["pairs"]: row["seconds"] for row in found if row["method"] == "ours" and "tenants" not in row}
+    for row in found:
+        if "tenants" not in row:
+            share = f"{row['seconds'] / ours[row['pairs']]:.2f}" if row["pairs"] in ours else ""
+            print(f"| {row['pairs']} | {row['method']} | {row['seconds']:.3f} | {share} |")
+    several = [row for row in found if "tenants" in row]
+    if several:
+        print("\n| tenants that train at once | sequences/s | of one's |\n| --- | --- | --- |")
+        for row in several:
+            rate = row["sequences_per_s"]
+            print(f"| {row['tenants']} | {rate:,.0f} | {rate / several[0]['sequences_per_s']:.2f} |")
+
+
+def measure(options: argparse.Namespace) -> None:
+    choose = random.Random(0)
+    prompts = [choose.choices(range(200, 32000), k=options.tokens) for _ in range(options.rows)]
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        directory = Path(name)
+        model = geometry.write(options.geometry, directory / "model")
+        methods: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
+            "mezo": mezo, "in-place": in_place, "hot-swap": hot_swap, "ours": ours,
+        }  # fmt: skip
+        for row in methods[options.method](options, model, prompts, directory):
+            row = {"method": options.method, **row}
+            print(json.dumps(row), flush=True)
+            with open(options.out, "a") as out:
+                out.write(json.dumps(row) + "\n")
+
+
+def median(step: Callable[[int], None], steps: int) -> float:
+    """Seconds of a step."""
+    seconds = []
+    for number in range(WARM_UP + steps):
+        started = time.perf_counter()
+        step(number)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[WARM_UP:])
+
+
+def spsa(loss: Callable[[], float], perturb: Callable[[int, float], object], pairs: int) -> Callable[[int], None]:
+    """A step that perturbs all weights in place: both sides of every pair, back again, and the update."""
+
+    def step(number: int) -> None:
+        slopes = {}
+        for seed in range(number * pairs, (number + 1) * pairs):
+            perturb(seed, EPSILON)
+            plus = loss()
+            perturb(seed, -2 * EPSILON)
+            slopes[seed] = (plus - loss()) / (2 * EPSILON)
+            perturb(seed, EPSILON)
+        for seed, slope in slopes.items():
+            perturb(seed, -RATE * slope / pairs)
+
+    return step
+
+
+def mezo(options: argparse.Namespace, model: str, prompts: list[list[int]], _: Path) -> Iterator[dict[str, Any]]:
+    from in_place_worker import perturb
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device(DEVICE):
+        config = AutoConfig.from_pretrained(model)
+        new_network: Any = AutoModelForCausalLM.from_config
+        network = new_network(config, dtype=getattr(torch, DTYPE)).eval()
+    ids = torch.tensor(prompts, device=DEVICE)
+
+    def loss() -> float:
+        with torch.inference_mode():
+            logits = network(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, -1].float()
+            return -float(logits.log_softmax(-1)[:, SCORED].mean())
+
+    for pairs in options.pairs:
+        step = spsa(loss, lambda seed, scale: perturb(network, seed, scale), pairs)
+        yield {"pairs": pairs, "seconds": median(step, options.steps)}
+
+
+def in_place(options: argparse.Namespace, model: str, prompts: list[list[int]], _: Path) -> Iterator[dict[str, Any]]:
+    import vllm
+    from vllm.inputs import TokensPrompt
+
+    llm = vllm.LLM(
+        model, load_format="dummy", dtype=DTYPE, enforce_eager=options.eager or not ON_GPU, enable_prefix_caching=False,
+        max_num_batched_tokens=16384, max_model_len=4096, worker_extension_cls="in_place_worker.InPlaceWorker",
+    )  # fmt: skip
+    parameters = vllm.SamplingParams(max_tokens=1, logprob_token_ids=[SCORED], detokenize=False, skip_clone=True)
+    batch = [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts]
+
+    def loss() -> float:
+        outputs: list[Any] = llm.generate(batch, parameters, use_tqdm=False)
+        return -statistics.fmean(output.outputs[0].logprobs[0][SCORED].logprob for output in outputs)
+
+    for pairs in options.pairs:
+        step = spsa(loss, lambda seed, scale: llm.collective_rpc("perturb", args=(seed, scale)), pairs)
+        yield {"pairs": pairs, "seconds": median(step, options.steps)}
+
+
+def hot_swap(
+    options: argparse.Namespace, model: str, prompts: list[list[int]], directory: Path
+) -> Iterator[dict[str, Any]]:
+    import requests
+    from safetensors.torch import save_file
+
+    shapes = linear_shapes(options.geometry)
+    coefficients = {name: torch.zeros(out, options.rank, device=DEVICE) for name, (out, _) in shapes.items()}
+    dtype = getattr(torch, DTYPE)
+    basis = {
+        f"base_model.model.{name}.lora_A.weight": torch.linalg.qr(torch.randn(width, options.rank))[0].T.to(dtype)
+        for name, (_, width) in shapes.items()
+    }
+    basis = {name: matrix.contiguous() for name, matrix in basis.items()}
+    config = {"peft_type": "LORA", "r": options.rank, "lora_alpha": options.rank, "target_modules": geometry.LINEAR}
+
+    def noise(seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+        generator = torch.Generator(DEVICE).manual_seed(seed)
+        for name, matrix in coefficients.items():
+            yield name, torch.empty_like(matrix).bernoulli_(generator=generator).mul_(2).sub_(1)
+
+    def write(seed: int, epsilon: float) -> Path:
+        path = directory / f"{seed}{epsilon:+}"
+        path.mkdir()
+        found = {
+            f"base_model.model.{name}.lora_B.weight": (coefficients[name] + epsilon * z).to(dtype).cpu()
+            for name, z in noise(seed)
+        }
+        save_file(basis | found, path / "adapter_model.safetensors")
+        (path / "adapter_config.json").write_text(json.dumps(config))
+        return path
+
+    def loss(seed: int, epsilon: float) -> float:
+        path = write(seed, epsilon)
+        adapter = {"lora_name": path.name, "lora_path": str(path)}
+        post("/v1/load_lora_adapter", adapter)
+        # One token allowed, whose log-probability is taken before the others are masked.
+        body = {"model": path.name, "prompt": prompts, "max_tokens": 1, "allowed_token_ids": [SCORED], "logprobs": 0}
+        answer = post("/v1/completions", body).json()
+        post("/v1/unload_lora_adapter", {"lora_name": path.name})
+        shutil.rmtree(path)
+        return -statistics.fmean(choice["logprobs"]["token_logprobs"][0] for choice in answer["choices"])
+
+    most = 2 * max(options.pairs)
+    flags = ["--enable-lora", "--max-loras", str(most), "--max-lora-rank", str(options.rank)]
+    flags += ["--lora-target-modules", *geometry.LINEAR]
+    with stock_server(options, model, directory, flags) as url, ThreadPoolExecutor(most) as threads:
+
+        def post(route: str, body: dict[str, Any]) -> requests.Response:
+            answer = requests.post(url + route, json=body, timeout=600)
+            answer.raise_for_status()
+            return answer
+
+        for pairs in options.pairs:
+
+            def step(number: int, pairs: int = pairs) -> None:
+                seeds = range(number * pairs, (number + 1) * pairs)
+                sides = [(seed, sign * EPSILON) for seed in seeds for sign in (1, -1)]
+                losses = list(threads.map(lambda side: loss(*side), sides))
+                for seed, plus, minus in zip(seeds, losses[::2], losses[1::2], strict=True):
+                    for name, z in noise(seed):
+                        coefficients[name].add_(z, alpha=-RATE * (plus - minus) / (2 * EPSILON * pairs))
+
+            yield {"pairs": pairs, "seconds": median(step, options.steps)}
+
+
+def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
+    """Output and input width of every linear layer of a geometry."""
+    shape = geometry.GEOMETRIES[name]
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
+    layers = {
+        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }  # fmt: skip
+    return {
+        f"model.layers.{block}.{layer}": widths
+        for block in range(shape["num_hidden_layers"])
+        for layer, widths in layers.items()
+    }
+
+
+def server_flags(options: argparse.Namespace) -> list[str]:
+    """What both servers are given."""
+    flags = ["--load-format", "dummy", "--max-model-len", "4096", "--max-num-batched-tokens", "16384"]
+    return [*flags, "--no-enable-prefix-caching", *(["--enforce-eager"] if options.eager or not ON_GPU else [])]
+
+
+@contextmanager
+def stock_server(options: argparse.Namespace, model: str, directory: Path, flags: list[str]) -> Iterator[str]:
+    """vLLM's own server, without the extension."""
+    import requests
+
+    from zoact_remote.cli.local_server import free_port
+
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port)]
+    command += ["--dtype", DTYPE, *server_flags(options), *flags]
+    environment = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True", "VLLM_PLUGINS": "none"}
+    with (directory / "stock.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        while True:
+            if process.poll() is not None:
+                sys.exit((directory / "stock.log").read_text()[-4000:])
+            try:
+                if requests.get(f"{url}/health", timeout=2).ok:
+                    break
+            except requests.RequestException:
+                time.sleep(1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def ours(
+    options: argparse.Namespace, model: str, prompts: list[list[int]], directory: Path
+) -> Iterator[dict[str, Any]]:
+    from zoact_remote import Client
+    from zoact_remote.cli.local_server import serving
+
+    os.environ.setdefault("ZOACT_GPU_KERNELS", "1")
+    slots = 2 * max(*options.pairs, *options.tenants)
+    arguments = [model, "--dtype", DTYPE, "--max-rank", str(options.rank), "--slots", str(slots)]
+    arguments += ["--state", str(directory / "state"), "--", *server_flags(options)]
+    rows = [{"prompt": prompt, "completion": [SCORED]} for prompt in prompts]
+    with serving(arguments, directory / "ours.log") as server, Client(server.url) as client:
+        server.wait_until_ready(client)
+        for pairs in options.pairs:
+            seconds = train(client, options, rows, pairs, tenants=1)
+            yield {"pairs": pairs, "seconds": seconds}
+        for tenants in options.tenants:
+            seconds = train(client, options, rows, 1, tenants)
+            sequences = 2 * options.rows * tenants
+            yield {"pairs": 1, "tenants": tenants, "seconds": seconds, "sequences_per_s": sequences / seconds}
+
+
+def train(client: Any, options: argparse.Namespace, rows: list[Any], pairs: int, tenants: int) -> float:
+    """Seconds a step, the median over all steps of all tenants, each with an adapter of its own."""
+    from zoact_remote import Adam, Basis, Trainer, TwoPoint, train_together
+
+    adapters = []
+    for tenant in range(tenants):
+        adapter = client.create_adapter(f"tenant-{tenant}/adapter", rank=options.rank, basis=Basis("random"))
+        adapter.calibrate()
+        adapters.append(adapter)
+    trainers = [
+        Trainer(adapter, TwoPoint(EPSILON, pairs), Adam(), RATE, rows, steps=WARM_UP + options.steps)
+        for adapter in adapters
+    ]
+    seconds = []
+    for run in train_together(trainers):
+        seconds += [record.seconds for record in run.result().steps[WARM_UP:]]
+    for adapter in adapters:
+        adapter.delete()
+    return statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main()
