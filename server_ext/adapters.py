@@ -64,6 +64,10 @@ class Adapter:
         """Whether any version is pinned."""
         return bool(self._pins)
 
+    def is_model(self, version: int) -> bool:
+        """Whether a version is the model itself, with no coefficients but zeros."""
+        return version == 0 and self.row.imported_digest is None
+
     def point(self, version: int) -> Point:
         """A version that the engine holds."""
         return Point(self.row.key, version, self.digests[version])
@@ -95,6 +99,7 @@ class Adapter:
             parameters=self.layout.parameters,
             basis=self.row.basis,
             digest=self.digest,
+            imported_digest=self.row.imported_digest,
             created=self.row.created,
             state=self.state,
         )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save
 
+from server_ext.errors import invalid
+from zoact_remote.exports import ABOUT, CONFIG, TENSORS, half_name, tar_of
 from zoact_remote.layout import Layout, Site
 
 
@@ -49,21 +49,27 @@ def export_tar(exported: Exported, all_sites: Sequence[Site], dtype: str) -> byt
     Args:
         exported: the adapter.
         all_sites: the model's sites.
-        dtype: ``float32``, ``float16`` or ``bfloat16``, of the tensors.
+        dtype: ``float32``, ``float16`` or ``bfloat16``, of the tensors; values are rounded to nearest, ties to even.
+
+    Raises:
+        ApiError: a coefficient is too large for the type (400).
 
     """
     target = getattr(torch, dtype)
     matrices = exported.layout.matrices(exported.flat)
     tensors = {}
     for site in exported.layout.sites:
-        prefix = f"base_model.model.{site.name}"
-        vectors = torch.from_numpy(np.ascontiguousarray(exported.basis[site.input].T))
-        tensors[f"{prefix}.lora_A.weight"] = vectors.to(target)
-        tensors[f"{prefix}.lora_B.weight"] = torch.from_numpy(matrices[site.name].copy()).to(target)
+        # A copy for each, since safetensors takes no two tensors that share memory.
+        vectors = torch.from_numpy(exported.basis[site.input].T.copy())
+        coefficients = torch.from_numpy(matrices[site.name].copy()).to(target)
+        if not coefficients.isfinite().all():
+            raise invalid("dtype", f"coefficients of {site.name} are too large for {dtype}; float32 holds them")
+        tensors[half_name(site.name, "A")] = vectors.to(target)
+        tensors[half_name(site.name, "B")] = coefficients
     files = {
-        "adapter_config.json": _json(_config(exported, all_sites)),
-        "adapter_model.safetensors": save(tensors, metadata={"format": "pt"}),
-        "zoact.json": _json(
+        CONFIG: _json(_config(exported, all_sites)),
+        TENSORS: save(tensors, metadata={"format": "pt"}),
+        ABOUT: _json(
             {
                 "adapter": exported.name,
                 "version": exported.version,
@@ -73,13 +79,7 @@ def export_tar(exported: Exported, all_sites: Sequence[Site], dtype: str) -> byt
             }
         ),
     }
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+    return tar_of(files)
 
 
 def _config(exported: Exported, all_sites: Sequence[Site]) -> dict[str, Any]:

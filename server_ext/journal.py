@@ -1,4 +1,5 @@
-"""The journal: the only truth about adapters. Coefficients anywhere else are a cache of it.
+"""The journal: the only truth about adapters. Coefficients anywhere else are a cache of it, but for those that an
+adapter was imported with: of them it holds the digest, and ``server_ext.state_files`` the numbers.
 
 SQLite in WAL mode with ``synchronous=FULL``: an entry has reached the disk when ``append`` returns, and a change is
 appended before it is applied and before it is acknowledged. An entry is the idempotency record too. The digest of the
@@ -20,7 +21,7 @@ from server_ext.schemas import BasisInfo
 from zoact_remote.noise import NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, change_from_json
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 SCHEMA = """
 CREATE TABLE adapters (
     key TEXT PRIMARY KEY,
@@ -31,7 +32,8 @@ CREATE TABLE adapters (
     distribution TEXT NOT NULL,
     noise_version INTEGER NOT NULL,
     basis TEXT NOT NULL,
-    created TEXT NOT NULL
+    created TEXT NOT NULL,
+    imported_digest TEXT
 ) STRICT;
 CREATE TABLE entries (
     adapter TEXT NOT NULL REFERENCES adapters(key) ON DELETE CASCADE,
@@ -47,12 +49,19 @@ CREATE TABLE entries (
 ) STRICT;
 """
 
+UPGRADES = {2: "ALTER TABLE adapters ADD COLUMN imported_digest TEXT;"}
+"""What makes a journal of an earlier format one of the next."""
+
 ENTRY_COLUMNS = "version, change, noise_version, idempotency_key, digest_before, digest, time"
 
 
 @dataclass(frozen=True)
 class AdapterRow:
-    """An adapter as the journal knows it. ``key`` is never used twice, ``name`` may be after a deletion."""
+    """An adapter as the journal knows it. ``key`` is never used twice, ``name`` may be after a deletion.
+
+    ``imported_digest`` is that of version 0's coefficients where they were imported; None where version 0 is the model
+    itself.
+    """
 
     key: str
     name: str
@@ -63,6 +72,7 @@ class AdapterRow:
     noise_version: int
     basis: BasisInfo
     created: datetime
+    imported_digest: str | None = None
 
     @property
     def tenant(self) -> str:
@@ -100,6 +110,8 @@ class Journal:
         (found,) = self._db.execute("PRAGMA user_version").fetchone()
         if found == 0:
             self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+        elif found in UPGRADES:
+            self._db.executescript(f"BEGIN; {UPGRADES[found]} PRAGMA user_version={found + 1}; COMMIT;")
         elif found != SCHEMA_VERSION:
             raise ValueError(f"{path} is a journal of format {found}; this release reads format {SCHEMA_VERSION}")
 
@@ -123,9 +135,10 @@ class Journal:
             adapter.noise_version,
             adapter.basis.model_dump_json(),
             adapter.created.isoformat(),
+            adapter.imported_digest,
         )
         try:
-            self._db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("INSERT INTO adapters VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         except sqlite3.IntegrityError:
             raise KeyError(adapter.name) from None
 
@@ -140,15 +153,15 @@ class Journal:
     def adapters(self) -> list[AdapterRow]:
         """All adapters, oldest first."""
         rows = self._db.execute(
-            "SELECT key, name, model_digest, rank, sites, distribution, noise_version, basis, created FROM adapters "
-            "ORDER BY rowid"
+            "SELECT key, name, model_digest, rank, sites, distribution, noise_version, basis, created, imported_digest "
+            "FROM adapters ORDER BY rowid"
         )
         return [
             AdapterRow(
                 key, name, model, rank, tuple(json.loads(sites)), distribution, noise_version,
-                BasisInfo.model_validate_json(basis), datetime.fromisoformat(created),
+                BasisInfo.model_validate_json(basis), datetime.fromisoformat(created), imported,
             )
-            for key, name, model, rank, sites, distribution, noise_version, basis, created in rows
+            for key, name, model, rank, sites, distribution, noise_version, basis, created, imported in rows
         ]  # fmt: skip
 
     def append(self, adapter: str, change: Change, digest_before: str) -> int:

@@ -2,11 +2,12 @@
 
 vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
 
-    --enable-lora --worker-extension-cls server_ext.worker.ZoActWorker --lora-target-modules q_proj ...
+    --enable-lora --worker-extension-cls server_ext.extension.ZoActWorker --lora-target-modules q_proj ...
+    --max-loras 8
 
-``zoact serve`` sets all of this. The environment may set ``ZOACT_STATE``, the directory of the journal, and the keys
-that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too. Where there are keys,
-vLLM's own routes ask for one (``server_ext.openai_routes``).
+``zoact serve`` sets all of this, and ``check_settings`` checks it. The environment may set ``ZOACT_STATE``, the
+directory of the journal, and the keys that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open
+everything too. Where there are keys, vLLM's own routes ask for one (``server_ext.openai_routes``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import prometheus_client
+import torch
 from fastapi import FastAPI
 
 from server_ext import openai_routes
@@ -28,7 +30,7 @@ from server_ext.routes import health, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
 
-WORKER_EXTENSION = "server_ext.worker.ZoActWorker"
+WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
 STATE_VARIABLE = "ZOACT_STATE"
 DEFAULT_STATE = "zoact-state"
 
@@ -89,20 +91,46 @@ def drain_first(engine_client: Any, gate: Gate) -> None:
 
 
 def check_settings(config: Any, args: Namespace) -> None:
-    """Raises ValueError for a setting of vLLM that the extension cannot work with."""
-    if config.lora_config is None:
+    """Checks what vLLM was started with.
+
+    Args:
+        config: its ``VllmConfig``.
+        args: the API server's arguments.
+
+    Raises:
+        ValueError: the extension cannot work with a setting; the message names the flag that mends it.
+
+    """
+    loras, parallel = config.lora_config, config.parallel_config
+    if loras is None:
         raise ValueError("ZO-Act evaluates probes as LoRA adapters: start vLLM with --enable-lora")
-    if config.parallel_config.worker_extension_cls != WORKER_EXTENSION:
+    if parallel.worker_extension_cls != WORKER_EXTENSION:
         raise ValueError(
             f"ZO-Act needs its worker extension: start vLLM with --worker-extension-cls {WORKER_EXTENSION}"
         )
-    targets = config.lora_config.target_modules
-    if not targets or "lm_head" in targets:
+    if not loras.target_modules or any(name.rpartition(".")[2] == "lm_head" for name in loras.target_modules):
         raise ValueError(
             "LoRA on lm_head breaks prompt log-probabilities: name the blocks' linear layers alone, such as "
             "--lora-target-modules q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
         )
-    if config.parallel_config.data_parallel_size > 1:
+    if loras.max_loras < 2:
+        raise ValueError(
+            "ZO-Act evaluates the two sides of a probe side by side, and many tenants' probes: start vLLM with "
+            "--max-loras 8, and at least 2"
+        )
+    if loras.max_lora_rank < 2 and loras.lora_dtype != torch.float32:
+        raise ValueError(
+            "in 16 bits a probe takes twice an adapter's rank, and there is room for none: start vLLM with "
+            "--max-lora-rank 16, which is enough for adapters of rank 8"
+        )
+    if config.model_config.logprobs_mode != "raw_logprobs":
+        raise ValueError(
+            f"ZO-Act reads losses from log-probabilities, and {config.model_config.logprobs_mode} are others: start "
+            "vLLM with --logprobs-mode raw_logprobs, or without that flag"
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise ValueError("ZO-Act needs all layers in every worker: start vLLM without --pipeline-parallel-size")
+    if parallel.data_parallel_size > 1:
         raise ValueError("ZO-Act keeps its state in one engine: start vLLM without --data-parallel-size")
     if getattr(args, "api_server_count", None) not in (None, 1):
         raise ValueError("ZO-Act keeps its state in one API server: start vLLM with --api-server-count 1")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import math
-import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from server_ext import basis_files, schemas
+from server_ext import schemas
 from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.engines.base import Engine
@@ -26,10 +24,9 @@ from server_ext.errors import ApiError, invalid, storage_failed
 from server_ext.journal import AdapterRow, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
-from server_ext.snapshots import Snapshots
+from server_ext.state_files import StateFiles
 from server_ext.store import Point
 from zoact_remote.digest import basis_digest
-from zoact_remote.files import PARTIAL
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Change, Rollback, Update
 
@@ -40,7 +37,7 @@ SNAPSHOT_EVERY = 32
 
 
 class Registry:
-    """All adapters of one engine, with journal, bases and snapshots in one directory that is theirs alone.
+    """All adapters of one engine, with journal, bases, imports and snapshots in one directory that is theirs alone.
 
     Args:
         engine: holds their coefficients.
@@ -54,21 +51,19 @@ class Registry:
     """
 
     def __init__(self, engine: Engine, directory: Path, metrics: Metrics, snapshot_every: int = SNAPSHOT_EVERY) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._engine = engine
         self._directory = directory
         self._metrics = metrics
-        self._snapshots = Snapshots(directory / "snapshots", snapshot_every)
         # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
         self._disk = ThreadPoolExecutor(1, "zoact-disk")
         self._snapshot_tasks: set[asyncio.Task[None]] = set()
         with ExitStack() as undo:
-            self._directory_lock = _lock(directory)
-            undo.callback(os.close, self._directory_lock)
+            self._files = StateFiles(directory, snapshot_every)
+            undo.callback(self._files.close)
             self._journal = Journal(directory / "journal.sqlite")
             undo.callback(self._journal.close)
             self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
-            self._sweep()
+            self._files.sweep({adapter.row.key for adapter in self.all()})
             undo.pop_all()
 
     async def restore(self) -> None:
@@ -87,12 +82,12 @@ class Registry:
         """Writes a snapshot of what has changed since its last one, so that the next start has nothing to replay."""
         await asyncio.gather(*self._snapshot_tasks)
         for adapter in self.all():
-            if adapter.digest is not None and adapter.version not in self._snapshots.versions(adapter.row.key):
+            if adapter.digest is not None and adapter.version not in self._files.snapshots.versions(adapter.row.key):
                 self._start_snapshot(adapter)
                 await asyncio.gather(*self._snapshot_tasks)
         await self._on_disk(self._journal.close)
         self._disk.shutdown()
-        os.close(self._directory_lock)
+        self._files.close()
 
     # Finding adapters -------------------------------------------------------------------------------------------------
 
@@ -134,28 +129,56 @@ class Registry:
 
     async def add(self, row: AdapterRow, layout: Layout) -> Adapter:
         """Adds an adapter. Raises ApiError (409) if its name is taken."""
-        try:
-            await self._on_disk(self._journal.add_adapter, row)
-        except KeyError:
-            raise ApiError(409, "adapter_exists", f"an adapter {row.name!r} exists already", "name") from None
-        adapter = self._adapters[row.name] = Adapter(row, layout)
+        adapter = Adapter(row, layout)
+        await self._add(adapter)
         return adapter
+
+    async def add_imported(
+        self, row: AdapterRow, layout: Layout, basis: dict[str, NDArray[np.float32]], flat: NDArray[np.float32]
+    ) -> Adapter:
+        """Adds an adapter that has its basis, and coefficients at version 0; the row holds the digests of both.
+
+        Its files are on disk and the engine holds it before the journal says that it is there.
+
+        Raises:
+            ApiError: its name is taken (409), or the disk failed (503); nothing changed.
+
+        """
+        adapter = Adapter(row, layout)
+        async with AsyncExitStack() as undo:
+            undo.push_async_callback(self._forget, adapter)
+            await self._on_disk(self._files.write_basis, row.key, basis)
+            await self._on_disk(self._files.write_import, row.key, row.imported_digest, flat)
+            await self._load(adapter)
+            await self._add(adapter)
+            undo.pop_all()
+        return adapter
+
+    async def _add(self, adapter: Adapter) -> None:
+        try:
+            await self._on_disk(self._journal.add_adapter, adapter.row)
+        except KeyError:
+            raise ApiError(409, "adapter_exists", f"an adapter {adapter.row.name!r} exists already", "name") from None
+        self._adapters[adapter.row.name] = adapter
 
     async def remove(self, adapter: Adapter) -> None:
         """Removes an adapter and its history."""
         await self._on_disk(self._journal.remove_adapter, adapter.row.key)
         adapter.deleted = True
         del self._adapters[adapter.row.name]
+        await self._forget(adapter)
+
+    async def _forget(self, adapter: Adapter) -> None:
+        """Removes what there is of an adapter beside the journal."""
         await self._drop_if_unused(adapter)
-        await self._on_disk(self._basis_path(adapter).unlink, True)
-        await self._on_disk(self._snapshots.remove, adapter.row.key)
+        await self._on_disk(self._files.remove, adapter.row.key)
 
     async def set_basis(
         self, adapter: Adapter, vectors: dict[str, NDArray[np.float32]], energy: dict[str, float], positions_seen: int
     ) -> str:
         """Gives an adapter its basis, and returns the digest of it."""
         digest = basis_digest(vectors)
-        await self._on_disk(basis_files.write, self._basis_path(adapter), vectors)
+        await self._on_disk(self._files.write_basis, adapter.row.key, vectors)
         found = {"digest": digest, "energy": energy, "positions_seen": positions_seen}
         basis = adapter.row.basis.model_copy(update=found)
         await self._on_disk(self._journal.set_basis, adapter.row.key, basis)
@@ -209,7 +232,7 @@ class Registry:
         adapter.largest = largest
         self._metrics.changed(adapter.row.tenant, change)
         await self._note_digest(adapter.row.key, version, digest)
-        if version % self._snapshots.every == 0:
+        if version % self._files.snapshots.every == 0:
             self._start_snapshot(adapter)
         return schemas.UpdateResult(version=version, digest=digest, applied=True)
 
@@ -252,7 +275,7 @@ class Registry:
     async def basis(self, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         """A calibrated adapter's basis: float32 ``[in_features, rank]`` by input."""
         try:
-            return await self._on_disk(basis_files.read, self._basis_path(adapter))
+            return await self._on_disk(self._files.read_basis, adapter.row.key, adapter.row.basis.digest)
         except FileNotFoundError:
             self._check_there(adapter)
             raise
@@ -285,10 +308,7 @@ class Registry:
     async def _load(self, adapter: Adapter) -> None:
         """Brings an adapter into the engine, at its newest version."""
         key = adapter.row.key
-        basis = await self.basis(adapter)
-        if basis_digest(basis) != adapter.row.basis.digest:
-            raise ValueError(f"the basis file of {adapter.row.name} is damaged: {self._basis_path(adapter)}")
-        await self._engine.put(key, adapter.layout, adapter.row.distribution, basis)
+        await self._engine.put(key, adapter.layout, adapter.row.distribution, await self.basis(adapter))
         version = await self._on_disk(self._journal.newest, key)
         await self._hold(adapter, version)
         adapter.version = version
@@ -316,12 +336,14 @@ class Registry:
     def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[Entry]]:
         """A version to start from, its coefficients if there is a snapshot of them, and what leads on from there."""
         key = adapter.row.key
-        held, snapshots = set(adapter.digests), set(self._snapshots.versions(key))
+        held, snapshots = set(adapter.digests), set(self._files.snapshots.versions(key))
         while True:
             start, entries = self._journal.path(key, version, held | snapshots)
-            if start == 0 or start in held:
+            if start in held or adapter.is_model(start):
                 return start, None, entries
-            flat = self._snapshots.read(key, start, adapter.layout)
+            if start == 0:
+                return start, self._files.read_import(key, adapter.row.imported_digest, adapter.layout), entries
+            flat = self._files.snapshots.read(key, start, adapter.layout)
             if flat is not None:
                 return start, flat, entries
             snapshots.remove(start)
@@ -356,11 +378,11 @@ class Registry:
             try:
                 flat = await self._engine.read(point.key, point.version)
                 # Not on the journal's thread: nobody waits for a snapshot.
-                await asyncio.to_thread(self._snapshots.write, point.key, point.version, point.digest, flat)
+                await asyncio.to_thread(self._files.snapshots.write, point.key, point.version, point.digest, flat)
             except Exception:
                 log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
         if adapter.deleted:
-            await self._on_disk(self._snapshots.remove, adapter.row.key)
+            await self._on_disk(self._files.snapshots.remove, adapter.row.key)
             await self._drop_if_unused(adapter)
 
     async def _drop_if_unused(self, adapter: Adapter) -> None:
@@ -380,33 +402,7 @@ class Registry:
         except (sqlite3.OperationalError, OSError) as error:
             raise storage_failed(error) from error
 
-    def _sweep(self) -> None:
-        """Removes what a killed server left behind: files half written, and those of adapters that are gone."""
-        keys = {adapter.row.key for adapter in self.all()}
-        for path in self._directory.rglob(f"*{PARTIAL}"):
-            path.unlink()
-        for path in self._directory.glob("bases/*"):
-            if path.stem not in keys:
-                path.unlink()
-        for path in self._directory.glob("snapshots/*"):
-            if path.name not in keys:
-                self._snapshots.remove(path.name)
-
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:
             raise ValueError(f"{self._directory} holds adapters of another model, such as {row.name}")
         return Layout(select_sites(self._engine.sites, row.sites), row.rank)
-
-    def _basis_path(self, adapter: Adapter) -> Path:
-        return self._directory / "bases" / f"{adapter.row.key}.safetensors"
-
-
-def _lock(directory: Path) -> int:
-    """A file descriptor that keeps other servers out while it is open, and no longer than this process lives."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another server uses {directory}") from None
-    return descriptor

@@ -56,6 +56,7 @@ health = APIRouter(prefix=f"{PREFIX}/health", route_class=PlainRoute, tags=["hea
 metrics = APIRouter(route_class=PlainRoute, tags=["metrics"])
 ADAPTER = "/adapters/{tenant}/{adapter}"
 TENANT = "/tenants/{tenant}"
+TAR = "application/x-tar"
 
 
 @router.get("/info")
@@ -135,7 +136,7 @@ async def journal(
     return await service.journal(name, after, limit)
 
 
-@router.get(ADAPTER + "/export", response_class=Response, responses={200: {"content": {"application/x-tar": {}}}})
+@router.get(ADAPTER + "/export", response_class=Response, responses={200: {"content": {TAR: {}}}})
 async def export(
     service: Zo,
     name: Name,
@@ -143,7 +144,21 @@ async def export(
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> Response:
     """A version as a PEFT directory, in a tar archive."""
-    return Response(await service.export(name, version, dtype), media_type="application/x-tar")
+    return Response(await service.export(name, version, dtype), media_type=TAR)
+
+
+@router.post(
+    ADAPTER + "/import",
+    status_code=status.HTTP_201_CREATED,
+    openapi_extra={
+        "requestBody": {"required": True, "content": {TAR: {"schema": {"type": "string", "format": "binary"}}}}
+    },
+)
+async def import_adapter(
+    service: Zo, caller: Who, name: Name, request: Request, noise: Literal["rademacher", "gaussian"] = "rademacher"
+) -> schemas.AdapterInfo:
+    """Creates an adapter whose version 0 is a LoRA: a PEFT directory in a tar archive, as an export is."""
+    return await service.import_adapter(caller, name, await request.body(), noise)
 
 
 @router.get("/tenants", dependencies=[Depends(_operator)])

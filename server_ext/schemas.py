@@ -121,13 +121,9 @@ Row = Annotated[
 ]
 
 
-class BasisSpec(Message):
-    """What an adapter's basis is taken from."""
+class BasisOptions(Message):
+    """How a basis is taken."""
 
-    source: Literal["activations", "random"] = Field(
-        "activations",
-        description="The inputs' top right singular vectors, or a random orthonormal basis to compare with.",
-    )
     positions: Literal["scored", "prompt", "both"] = Field(
         "scored",
         description="Positions whose activations count: those that predict a continuation's token, all of the "
@@ -137,6 +133,15 @@ class BasisSpec(Message):
     passes: Literal[1, 2] = Field(1, description="Passes over the calibration rows; a second one sharpens the basis.")
     oversampling: Annotated[int, Field(ge=0, le=64)] = Field(8, description="Columns of the sketch beyond the rank.")
     seed: Seed = Field(0, description="Seed of the sketch, or of the random basis.")
+
+
+class BasisSpec(BasisOptions):
+    """What an adapter's basis is taken from."""
+
+    source: Literal["activations", "random"] = Field(
+        "activations",
+        description="The inputs' top right singular vectors, or a random orthonormal basis to compare with.",
+    )
 
 
 class CreateAdapter(Message):
@@ -154,7 +159,10 @@ class NoiseInfo(Message):
     version: int
 
 
-class BasisInfo(BasisSpec):
+class BasisInfo(BasisOptions):
+    source: Literal["activations", "random", "imported"] = Field(
+        "activations", description="imported: it came with the adapter, and was not taken here."
+    )
     digest: str | None = None
     energy: dict[str, float] | None = Field(
         None, description="Share of each input's activation energy that the basis keeps, 0 to 1."
@@ -175,6 +183,10 @@ class AdapterInfo(Message):
     parameters: int
     basis: BasisInfo
     digest: str | None = Field(None, description="Digest of the newest coefficients.")
+    imported_digest: str | None = Field(
+        None,
+        description="Digest of version 0's coefficients where they were imported; null where it is the model itself.",
+    )
     created: datetime
     state: Literal["new", "ready", "failed"] = Field(
         description="new: the basis has not been taken yet. failed: it could not be restored."
@@ -347,6 +359,7 @@ class JournalEntry(Message):
 class JournalPage(Message):
     adapter: str
     basis_digest: str
+    imported_digest: str | None = Field(description="As the adapter's.")
     noise: NoiseInfo
     updates: list[JournalEntry]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -22,6 +23,7 @@ from server_ext.engines.base import CalibrationRow, Engine
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
+from server_ext.importing import read_lora
 from server_ext.journal import AdapterRow, Entry
 from server_ext.metrics import Metrics
 from server_ext.registry import SNAPSHOT_EVERY, Registry
@@ -38,8 +40,9 @@ from server_ext.rows import (
 )
 from server_ext.store import Point
 from server_ext.tenants import Caller
+from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.layout import Layout, select_sites
-from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION
+from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, Update
 
 PIECES_AT_ONCE = 8
@@ -110,21 +113,46 @@ class Service:
         narrowest = min(layout.inputs.values())
         if ask.rank > narrowest:
             raise invalid("rank", f"must be at most the width of the narrowest input, {narrowest}")
-        row = AdapterRow(
-            key=uuid.uuid4().hex,
-            name=ask.name,
-            model_digest=self.engine.model.digest,
-            rank=ask.rank,
-            sites=tuple(site.name for site in layout.sites),
-            distribution=ask.noise,
-            noise_version=NOISE_VERSION,
-            basis=schemas.BasisInfo(**ask.basis.model_dump()),
-            created=datetime.now(timezone.utc),
-        )
+        row = self._row(ask.name, layout, ask.noise, schemas.BasisInfo(**ask.basis.model_dump()))
         # One at a time: whoever asks for many at once has no more room than others.
         async with self._creating:
             self._check_room(caller, layout)
             return (await self.registry.add(row, layout)).info()
+
+    async def import_adapter(
+        self, caller: Caller, name: str, archive: bytes, noise: Distribution
+    ) -> schemas.AdapterInfo:
+        if re.fullmatch(schemas.TENANT_ADAPTER, name) is None:
+            raise invalid("adapter", f"must match {schemas.TENANT_ADAPTER}")
+        engine, max_rank = self.engine, self._max_rank(caller.limits)
+        found = await asyncio.to_thread(read_lora, archive, engine.sites, max_rank, engine.model.digest)
+        basis = schemas.BasisInfo(source="imported", digest=basis_digest(found.basis))
+        row = self._row(name, found.layout, noise, basis, coefficients_digest(found.flat, found.layout))
+        async with self._creating:
+            self._check_room(caller, found.layout)
+            return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
+
+    def _row(
+        self,
+        name: str,
+        layout: Layout,
+        noise: Distribution,
+        basis: schemas.BasisInfo,
+        imported_digest: str | None = None,
+    ) -> AdapterRow:
+        """A new adapter's row."""
+        return AdapterRow(
+            key=uuid.uuid4().hex,
+            name=name,
+            model_digest=self.engine.model.digest,
+            rank=layout.rank,
+            sites=tuple(site.name for site in layout.sites),
+            distribution=noise,
+            noise_version=NOISE_VERSION,
+            basis=basis,
+            created=datetime.now(timezone.utc),
+            imported_digest=imported_digest,
+        )
 
     async def delete(self, name: str) -> None:
         async with self.registry.changing(name) as adapter:
@@ -204,7 +232,7 @@ class Service:
                 replace(point, seed=p.seed, epsilon=sign * p.epsilon) for p, sign in signs if point is not None
             ]
             if ask.base:
-                points.append(point if version else None)
+                points.append(None if adapter.is_model(version) else point)
             results = await self._score(adapter, points, rows)
         means = [_mean_loss(scores) for scores, _ in results]
         unperturbed = means.pop() if ask.base else None
@@ -277,6 +305,7 @@ class Service:
         return schemas.JournalPage(
             adapter=name,
             basis_digest=info.basis.digest or "",
+            imported_digest=info.imported_digest,
             noise=info.noise,
             updates=[_journal_entry(entry) for entry in entries],
         )
@@ -350,11 +379,11 @@ class Service:
     async def _at(
         self, adapter: Adapter, version: int | None, perturbed: bool
     ) -> AsyncIterator[tuple[int, Point | None]]:
-        """A version (the newest for None) and its point; no point is needed to evaluate version 0 itself."""
+        """A version (the newest for None) and its point; no point is needed to evaluate the model itself."""
         version = self.registry.existing(adapter, version)
         bind_contextvars(version=version)
-        if version == 0 and not perturbed:
-            yield 0, None
+        if adapter.is_model(version) and not perturbed:
+            yield version, None
         else:
             async with self.registry.at(adapter, version) as point:
                 yield version, point

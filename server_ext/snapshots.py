@@ -11,12 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
+from server_ext import coefficient_files
 from server_ext.logs import log
-from zoact_remote.digest import coefficients_digest
-from zoact_remote.files import write_atomically
 from zoact_remote.layout import Layout
 
 SUFFIX = ".safetensors"
@@ -41,7 +38,7 @@ class Snapshots:
 
     def write(self, key: str, version: int, digest: str, flat: NDArray[np.float32]) -> None:
         """Writes a snapshot (float32 ``[layout.size]``), and removes older ones that are not worth their space."""
-        write_atomically(self._path(key, version), save({"flat": flat}, metadata={"digest": digest}))
+        coefficient_files.write(self._path(key, version), digest, flat)
         for other in superseded(self.versions(key), self.every):
             self._path(key, other).unlink(missing_ok=True)
 
@@ -49,17 +46,11 @@ class Snapshots:
         """A snapshot's coefficients; None, and it is gone, if they are not what was written."""
         path = self._path(key, version)
         try:
-            with safe_open(path, framework="numpy") as file:
-                flat: NDArray[np.float32] = file.get_tensor("flat")
-                digest = (file.metadata() or {}).get("digest")
-            fits = flat.shape == (layout.size,) and flat.dtype == np.float32
-            if fits and coefficients_digest(flat, layout) == digest:
-                return flat
-        except (OSError, SafetensorError):
-            pass
-        log.warning("snapshot discarded", path=str(path))
-        path.unlink(missing_ok=True)
-        return None
+            return coefficient_files.read(path, layout)[1]
+        except (OSError, ValueError):
+            log.warning("snapshot discarded", path=str(path))
+            path.unlink(missing_ok=True)
+            return None
 
     def remove(self, key: str) -> None:
         """Removes all of an adapter's snapshots."""

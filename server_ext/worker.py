@@ -1,6 +1,6 @@
 """The worker's side of vLLM: adapters in slots, and calibration inside vLLM's own forward passes.
 
-Given to vLLM as ``--worker-extension-cls server_ext.worker.ZoActWorker``. Every method is called through
+Given to vLLM as ``--worker-extension-cls server_ext.extension.ZoActWorker``. Every method is called through
 ``collective_rpc`` and carries the prefix ``zoact_``, since vLLM mixes this class into its own worker.
 
 A probe is a LoRA to vLLM: A = V', B = C + epsilon Z. vLLM loads a LoRA when it schedules the first request that names

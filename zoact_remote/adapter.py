@@ -17,7 +17,10 @@ from urllib.parse import quote
 
 from zoact_remote.audit import Audit, audit
 from zoact_remote.errors import Conflict, InvalidValue, ServerError
+from zoact_remote.exports import ABOUT, CONFIG, TENSORS, read_coefficients, read_halves
 from zoact_remote.layout import Layout, select_sites
+from zoact_remote.merge import merge
+from zoact_remote.model_digest import model_digest
 from zoact_remote.transport import Transport
 from zoact_remote.wire import (
     AdapterInfo,
@@ -34,7 +37,7 @@ from zoact_remote.wire import (
     UpdateResult,
 )
 
-EXPORTED = ("adapter_config.json", "adapter_model.safetensors", "zoact.json")
+EXPORTED = (CONFIG, TENSORS, ABOUT)
 """Files of an export."""
 
 
@@ -50,11 +53,8 @@ class Adapter:
     info: AdapterInfo
 
     def __init__(self, transport: Transport, name: str) -> None:
-        parts = name.split("/")
-        if len(parts) != 2 or not all(parts):
-            raise InvalidValue("name", f"an adapter is named tenant/adapter, got {name!r}")
         self.name = name
-        self._path = "/adapters/" + "/".join(quote(part, safe="") for part in parts)
+        self._path = adapter_path(name)
         self._transport = transport
 
     def __repr__(self) -> str:
@@ -166,7 +166,7 @@ class Adapter:
         it must be sent.
 
         Args:
-            version: the one to return to; 0 is the base model.
+            version: the one to return to; 0 is what the adapter began with.
             base_version: the newest version as the caller knows it; None to ask the server.
             key: names the rollback, so that a caller that starts anew can send it again; None for a new one.
 
@@ -187,7 +187,7 @@ class Adapter:
 
         Args:
             rows: at most :attr:`~zoact_remote.wire.Limits.max_rows`; :func:`zoact_remote.evaluate` takes any number.
-            version: None for the newest; 0 is the base model.
+            version: None for the newest; 0 is the base model, or what was imported.
             probe: score a perturbation of that version.
 
         """
@@ -217,7 +217,7 @@ class Adapter:
             temperature: 0 takes the likeliest token each time.
             seed: of the sampling.
             stop: the text ends before any of these strings.
-            version: None for the newest; 0 is the base model.
+            version: None for the newest; 0 is the base model, or what was imported.
             probe: generate from a perturbation of that version.
 
         """
@@ -261,7 +261,8 @@ class Adapter:
     def audit(self, export: str | os.PathLike[str] | None = None) -> Audit:
         """Rebuild the coefficients from the journal, with NumPy alone, and compare every digest on the way.
 
-        What does not agree is in the answer's ``failures``.
+        An adapter that was imported is rebuilt from its version 0, which is fetched and must have the digest that the
+        server says. What does not agree is in the answer's ``failures``.
 
         Args:
             export: directory of a float32 :meth:`export` of any version, whose matrices are to be compared too.
@@ -274,7 +275,11 @@ class Adapter:
         info = self.refresh()
         # Somebody may train it meanwhile.
         entries = [entry for entry in self.journal() if entry.version <= info.version]
-        return audit(info, self.layout(), entries, export)
+        layout, start = self.layout(), None
+        if info.imported_digest is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                start = read_coefficients(self.export(scratch, version=0), layout)
+        return audit(info, layout, entries, export, start)
 
     def export(
         self,
@@ -302,9 +307,56 @@ class Adapter:
             _unpack(archive, target)
         return target
 
+    def export_merged(
+        self,
+        directory: str | os.PathLike[str],
+        checkpoint: str | os.PathLike[str],
+        *,
+        version: int | None = None,
+    ) -> Path:
+        """Write a whole model: a copy of the base model's checkpoint in which a version is added to the weights.
+
+        Weights never leave the server, so the checkpoint is the caller's own. It has to be the very one that the server
+        serves, and stays as it is. What is written holds no more of a weight in memory than a few MiB.
+
+        Args:
+            directory: made if it does not exist; files of the same names in it are replaced.
+            checkpoint: directory of the base model, in safetensors.
+            version: None for the newest.
+
+        Returns:
+            The directory.
+
+        Raises:
+            InvalidValue: the checkpoint is not that of the server's model, or a weight of it cannot be added to.
+
+        """
+        served = self._transport.call("GET", "/info", Info.from_json, repeatable=True)
+        found = model_digest(checkpoint)
+        if found != served.model_digest:
+            raise InvalidValue(
+                str(checkpoint),
+                f"is not the checkpoint of {served.model} that the server serves: its digest is {found}, not "
+                f"{served.model_digest}",
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            export = self.export(scratch, version=version)
+            halves = read_halves(export, Layout(select_sites(served.sites, self.info.sites), self.info.rank))
+            merge(Path(checkpoint), halves, Path(directory))
+            shutil.copyfile(export / ABOUT, Path(directory, ABOUT))
+        return Path(directory)
+
     def delete(self) -> None:
         """Delete the adapter, its coefficients and its journal. There is no way back."""
         self._transport.call("DELETE", self._path, lambda answer: None, repeatable=False)
+
+
+def adapter_path(name: str) -> str:
+    """Where an adapter's calls are, below ``/zoact/v1``."""
+    parts = name.split("/")
+    if len(parts) != 2 or not all(parts):
+        raise InvalidValue("name", f"an adapter is named tenant/adapter, got {name!r}")
+    return "/adapters/" + "/".join(quote(part, safe="") for part in parts)
 
 
 def _keyed(update: Update) -> Update:

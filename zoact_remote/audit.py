@@ -1,7 +1,8 @@
 """An audit of what a server serves: coefficients rebuilt from the journal with NumPy alone.
 
 For Rademacher noise the rebuilt coefficients are those of the server bit for bit, so that every digest in the journal,
-and every float of an export, must be what the rebuilt ones are.
+and every float of an export, must be what the rebuilt ones are. Version 0 of an adapter that was imported is taken from
+an export of it, and must have the digest that the server says.
 
 For Gaussian noise libraries round logarithm and sine differently, and digests of two devices differ. What is then
 checked without an export is that the journal's digests agree with one another; an export's coefficients must lie within
@@ -25,10 +26,10 @@ from numpy.typing import NDArray
 
 from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.errors import InvalidValue
+from zoact_remote.exports import ABOUT, TENSORS, read_halves
 from zoact_remote.layout import Layout
 from zoact_remote.noise import NOISE_VERSION
 from zoact_remote.replay import Replayer
-from zoact_remote.tensors import read_tensors
 from zoact_remote.wire import AdapterInfo, JournalEntry
 
 Flat = NDArray[np.float32]
@@ -68,6 +69,7 @@ def audit(
     layout: Layout,
     entries: Sequence[JournalEntry],
     export: str | os.PathLike[str] | None = None,
+    start: Flat | None = None,
 ) -> Audit:
     """Rebuild an adapter, and compare it with what the server says of it.
 
@@ -76,6 +78,7 @@ def audit(
         layout: where it acts.
         entries: its whole journal, up to the adapter's version.
         export: directory of a float32 export of any of its versions, to be checked too.
+        start: version 0's coefficients, float32 ``[layout.size]``, of an adapter that was imported; None for zeros.
 
     Raises:
         InvalidValue: the journal has a gap or is of another noise specification, or the export is damaged, of another
@@ -89,11 +92,16 @@ def audit(
     # Of the versions on the way, only those that are come back to are kept.
     wanted = {entry.rollback_to for entry in entries} | {exported}
     exact = adapter.noise == "rademacher"
-    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, adapter.noise)
+    flat, replayer = (
+        np.zeros(layout.size, dtype=np.float32) if start is None else start,
+        Replayer(layout, adapter.noise),
+    )
     kept = {0: flat}
     digests = [coefficients_digest(flat, layout)]
     failures = []
-    terms, largest = 0, 0.0
+    if adapter.imported_digest not in (None, digests[0]):
+        failures.append(f"version 0: the digest of what was imported is {adapter.imported_digest}, not {digests[0]}")
+    terms, largest = 0, float(np.abs(flat).max())
     for version, entry in enumerate(entries, 1):
         if (entry.version, entry.update.base_version) != (version, version - 1):
             raise InvalidValue("journal", f"entry {version} is of version {entry.version}")
@@ -131,7 +139,7 @@ def audit(
 
 def _about(export: Path, adapter: AdapterInfo) -> dict[str, Any]:
     """What an export says of itself."""
-    file = export / "zoact.json"
+    file = export / ABOUT
     try:
         about = json.loads(file.read_bytes())
     except ValueError as error:
@@ -147,22 +155,12 @@ def _compare(
     export: Path, layout: Layout, flat: Flat, tolerance: float | None, expected_basis: str | None
 ) -> list[str]:
     """What of an export's matrices does not agree with coefficients (to the bit without a tolerance) and a basis."""
-    file = export / "adapter_model.safetensors"
-    tensors = read_tensors(file)
-    shapes = {
-        f"base_model.model.{site.name}.lora_{half}.weight": shape
-        for site in layout.sites
-        for half, shape in (("A", (layout.rank, site.in_features)), ("B", (site.out_features, layout.rank)))
-    }
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    if found != shapes:
-        differing = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        first = differing[0]
-        raise InvalidValue(f"{file}: {first}", f"is {found.get(first)}, must be {shapes.get(first)}")
+    file = export / TENSORS
+    halves = read_halves(export, layout)
     failures = []
     basis: dict[str, Flat] = {}
     for site, matrix in zip(layout.sites, layout.matrices(flat).values(), strict=True):
-        half_a, half_b = (tensors[f"base_model.model.{site.name}.lora_{half}.weight"] for half in "AB")
+        half_a, half_b = halves[site.name]
         off = float(np.abs(half_b - matrix).max())
         # As words, since a negative zero equals a positive one.
         if not (np.array_equal(_words(half_b), _words(matrix)) if tolerance is None else off <= tolerance):

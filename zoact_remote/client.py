@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoact_remote.adapter import Adapter
-from zoact_remote.errors import Conflict, ConnectionFailed, ZoActError
+from zoact_remote.adapter import Adapter, adapter_path
+from zoact_remote.errors import Conflict, ConnectionFailed, TooLarge, ZoActError
+from zoact_remote.exports import pack
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
 from zoact_remote.tenants import Tenants
@@ -183,6 +185,43 @@ class Client:
                     code=conflict.code,
                     request_id=conflict.request_id,
                 ) from None
+        return adapter
+
+    def import_adapter(
+        self, name: str, directory: str | os.PathLike[str], *, noise: Distribution = "rademacher"
+    ) -> Adapter:
+        """Create an adapter whose version 0 is a LoRA, and which can be trained from there.
+
+        A float32 :meth:`Adapter.export` comes back bit for bit, with its basis. Of any other LoRA the server makes a
+        basis and coefficients that compute the same; its rank may then be that of several A's together, since layers
+        that read one input share one basis.
+
+        Args:
+            name: ``tenant/adapter``.
+            directory: a PEFT directory, with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            noise: distribution of the probes.
+
+        Raises:
+            Conflict: there is an adapter of that name.
+            BadRequest: the LoRA does not fit the model, or does what an adapter cannot;
+                :attr:`~zoact_remote.errors.ZoActError.param` says what of it.
+            TooLarge: it is longer than what the server takes in one call.
+
+        """
+        adapter = Adapter(self._transport, name)
+        archive = pack(Path(directory))
+        most = self.info().limits.max_request_bytes
+        if most is not None and len(archive) > most:
+            # A server that refuses a body while it is sent may be heard as a broken connection alone.
+            raise TooLarge(f"{directory} comes to {len(archive)} bytes; max_request_bytes is {most}")
+        adapter.info = self._transport.call(
+            "POST",
+            f"{adapter_path(name)}/import",
+            AdapterInfo.from_json,
+            content=archive,
+            params={"noise": noise},
+            repeatable=False,
+        )
         return adapter
 
     def metrics(self) -> str:

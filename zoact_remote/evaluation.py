@@ -130,7 +130,8 @@ def evaluate(
     Args:
         adapter: what to evaluate.
         rows: at least one.
-        version: None for the newest at the first call, which the others then keep to; 0 is the base model.
+        version: None for the newest at the first call, which the others then keep to; 0 is the base model, or what was
+            imported.
         rows_per_call: at most; a batch that is too much for the server is sent in halves.
         progress: called after each batch with the rows done and the rows in all.
 
@@ -199,7 +200,7 @@ def evaluate_task(
         adapter: what to evaluate.
         task: what the records mean.
         records: at least one.
-        version: None for the newest; 0 is the base model.
+        version: None for the newest; 0 is the base model, or what was imported.
         progress: called now and then with the rows done and the rows in all; twice over where text is generated.
 
     Raises:
@@ -257,7 +258,7 @@ def generate_texts(
         rows: of a prompt or of messages; the answers in them are not shown to the model.
         max_tokens: most tokens to generate.
         stop: texts end before any of these strings.
-        version: None for the newest; 0 is the base model.
+        version: None for the newest; 0 is the base model, or what was imported.
         progress: called after each text with the texts done and the texts in all.
 
     Raises:

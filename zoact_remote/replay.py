@@ -41,7 +41,7 @@ EntryT = TypeVar("EntryT", bound=Entry)
 
 
 def lineage(entries: Iterable[EntryT], version: int) -> list[EntryT]:
-    """The updates that lead from zero to a version, oldest first.
+    """The updates that lead from version 0 to a version, oldest first.
 
     Walked from the end: an update's version comes from the one before it, a rollback's from the version that it names.
     Rollbacks, and the updates that they undid, are left out.
@@ -151,12 +151,23 @@ def apply_update(
     return Replayer(layout, distribution).apply(flat, update)
 
 
-def replay(layout: Layout, distribution: Distribution, updates: Iterable[Update]) -> NDArray[np.float32]:
-    """The coefficients that updates lead to, from zero: float32 ``[layout.size]``.
+def replay(
+    layout: Layout,
+    distribution: Distribution,
+    updates: Iterable[Update],
+    start: NDArray[np.float32] | None = None,
+) -> NDArray[np.float32]:
+    """The coefficients that updates lead to: float32 ``[layout.size]``.
 
-    The updates of one :func:`lineage`: a journal with rollbacks holds more of them than count.
+    Args:
+        layout: where the sites lie in them.
+        distribution: the adapter's noise.
+        updates: those of one :func:`lineage`: a journal with rollbacks holds more of them than count.
+        start: version 0's coefficients, float32 ``[layout.size]``, of an adapter that was imported; None for zeros.
+
     """
-    flat, replayer = np.zeros(layout.size, dtype=np.float32), Replayer(layout, distribution)
+    flat = np.zeros(layout.size, dtype=np.float32) if start is None else start
+    replayer = Replayer(layout, distribution)
     for update in updates:
         flat = replayer.apply(flat, update)
     return flat

@@ -169,7 +169,7 @@ class Rewarded:
 
         Args:
             rows: at least one.
-            version: None for the newest; 0 is the base model.
+            version: None for the newest; 0 is the base model, or what was imported.
             progress: called after each text with the texts done and the texts in all.
 
         Raises:

@@ -129,6 +129,7 @@ class Transport:
         decode: Callable[[Any], Answer],
         *,
         json: Any = None,
+        content: bytes | None = None,
         params: Mapping[str, Any] | None = None,
         repeatable: bool,
         once: bool = False,
@@ -140,6 +141,7 @@ class Transport:
             path: below ``/zoact/v1``.
             decode: makes the result from the answer's JSON; from None where the answer has no content.
             json: body.
+            content: body that is not JSON, in its place.
             params: query; entries that are None are left out.
             repeatable: whether the call may be sent again although the server may have acted on it.
             once: never send it again, whatever happens.
@@ -160,7 +162,9 @@ class Transport:
                     request_id=response.headers.get(ID_HEADER),
                 ) from error
 
-        return self._send(method, path, read, json=json, params=params, repeatable=repeatable, once=once)
+        return self._send(
+            method, path, read, json=json, content=content, params=params, repeatable=repeatable, once=once
+        )
 
     def download(self, path: str, file: IO[bytes], *, params: Mapping[str, Any] | None = None) -> None:
         """Write the answer to a GET to a file, from the file's start.
@@ -198,6 +202,7 @@ class Transport:
         *,
         prefix: str = PREFIX,
         json: Any = None,
+        content: bytes | None = None,
         params: Mapping[str, Any] | None = None,
         repeatable: bool,
         once: bool = False,
@@ -211,6 +216,7 @@ class Transport:
                     method,
                     self.url + prefix + path,
                     json=json,
+                    data=content,
                     params=params,
                     headers={ID_HEADER: request_id},
                     timeout=self.timeout,

@@ -24,7 +24,7 @@ class Model:
 
     Attributes:
         name: as given to the server.
-        digest: of its configuration and weights (``server_ext.model_digest``).
+        digest: of its configuration and weights (``zoact_remote.model_digest``).
         dtype: of its weights, such as ``float32``.
         vocabulary: number of token ids.
         max_tokens: longest sequence.

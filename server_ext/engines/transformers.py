@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from server_ext.basis import Basis, RangeFinder, make_finders
+from server_ext.checkpoint import checkpoint_directory
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, text_before
 from server_ext.inputs import make_sites
-from server_ext.model_digest import checkpoint_directory, model_digest
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import AdapterStore, Point
 from zoact_remote.layout import Layout
+from zoact_remote.model_digest import model_digest
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 

@@ -20,13 +20,14 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
+from server_ext.checkpoint import checkpoint_directory
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
-from server_ext.model_digest import checkpoint_directory, model_digest
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
 from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
 from zoact_remote.layout import Layout, Site
+from zoact_remote.model_digest import model_digest
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 

@@ -226,13 +226,32 @@ def test_times_are_kept_with_their_zone(path: Path) -> None:
     assert abs(entry.time - datetime.now(timezone.utc)) < timedelta(minutes=1)
 
 
+def test_a_journal_of_the_format_before_is_taken_over(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    journal.append("a", Update(0, ()), BEFORE)
+    rows, entries = journal.adapters(), journal.entries("a")
+    journal.close()
+    db = sqlite3.connect(path)
+    db.executescript("ALTER TABLE adapters DROP COLUMN imported_digest; PRAGMA user_version=2;")
+    db.close()
+    for _ in range(2):
+        journal = Journal(path)
+        assert (journal.adapters(), journal.entries("a")) == (rows, entries)
+        journal.close()
+    journal = Journal(path)
+    imported = replace(adapter_row("b", "acme/b"), imported_digest="sha256:start")
+    journal.add_adapter(imported)
+    assert journal.adapters() == [*rows, imported]
+
+
 @pytest.mark.parametrize("found", [1, 99, -1])
 def test_a_journal_of_another_format_is_refused(path: Path, found: int) -> None:
     Journal(path).close()
     db = sqlite3.connect(path)
     db.execute(f"PRAGMA user_version={found}")
     db.close()
-    with pytest.raises(ValueError, match=f"format {found}; this release reads format 2"):
+    with pytest.raises(ValueError, match=f"format {found}; this release reads format 3"):
         Journal(path)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from tests.support import Server, Servers, new_name, trained_adapter
-from zoact_remote import Adapter, Client, Side
+from zoact_remote import Adapter, Client, Side, Update
 
 pytestmark = pytest.mark.vllm
 
@@ -67,6 +68,21 @@ def test_chat(models: openai.OpenAI, adapter: Adapter) -> None:
     chunks = [chunk for chunk in streamed if chunk.choices]
     assert {chunk.model for chunk in chunks} == {whole.model}
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+
+
+def test_an_imported_adapter_answers_with_its_coefficients_from_version_0_on(
+    models: openai.OpenAI, client: Client, adapter: Adapter, tmp_path: Path
+) -> None:
+    imported = client.import_adapter(new_name(), adapter.export(tmp_path))
+
+    def ask(model: str) -> str:
+        text: str = models.completions.create(model=model, prompt=PROMPT, **GREEDY).choices[0].text
+        return text
+
+    tuned, base = ask(adapter.name), ask(base_model(models))
+    assert ask(f"{imported.name}@0") == ask(imported.name) == tuned != base
+    imported.update(Update(0, ((99, 0.5),)))
+    assert ask(f"{imported.name}@0") == tuned != ask(imported.name)
 
 
 def test_responses(models: openai.OpenAI, adapter: Adapter) -> None:

@@ -2,34 +2,64 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from argparse import Namespace
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from server_ext.plugin import WORKER_EXTENSION, ZoActPlugin, check_settings
+
+FLAGS: dict[str, list[str]] = {
+    "--enable-lora": [],
+    "--max-loras": ["4"],
+    "--max-lora-rank": ["8"],
+    "--lora-target-modules": ["q_proj", "down_proj"],
+    "--worker-extension-cls": [WORKER_EXTENSION],
+    "--dtype": ["float32"],
+    "--enforce-eager": [],
+}
+"""What a user's own command line needs beside the model."""
+
+
+def loras(**changes: Any) -> Namespace:
+    wanted = {
+        "target_modules": ["q_proj", "down_proj"],
+        "max_loras": 2,
+        "max_lora_rank": 8,
+        "lora_dtype": torch.float32,
+    }
+    return Namespace(**(wanted | changes))
 
 
 def settings(**changes: Any) -> tuple[Namespace, Namespace]:
     """VLLM's configuration and arguments as the plug-in wants them, but for some changes."""
     wanted: dict[str, Any] = {
-        "lora_config": Namespace(target_modules=["q_proj", "down_proj"]),
+        "lora_config": loras(),
         "worker_extension_cls": WORKER_EXTENSION,
         "data_parallel_size": 1,
         "api_server_count": 1,
         "device_type": "cpu",
         "enforce_eager": True,
+        "pipeline_parallel_size": 1,
+        "logprobs_mode": "raw_logprobs",
     }
     assert set(changes) <= set(wanted)
     given = Namespace(**(wanted | changes))
     config = Namespace(
         lora_config=given.lora_config,
         parallel_config=Namespace(
-            worker_extension_cls=given.worker_extension_cls, data_parallel_size=given.data_parallel_size
+            worker_extension_cls=given.worker_extension_cls,
+            data_parallel_size=given.data_parallel_size,
+            pipeline_parallel_size=given.pipeline_parallel_size,
         ),
         device_config=Namespace(device_type=given.device_type),
-        model_config=Namespace(enforce_eager=given.enforce_eager),
+        model_config=Namespace(enforce_eager=given.enforce_eager, logprobs_mode=given.logprobs_mode),
     )
     return config, Namespace(api_server_count=given.api_server_count)
 
@@ -40,6 +70,7 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace]:
         {},
         {"device_type": "cuda", "enforce_eager": False},
         {"api_server_count": None},
+        {"lora_config": loras(max_lora_rank=1)},
     ],
 )
 def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
@@ -52,8 +83,12 @@ def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
         ({"lora_config": None}, "--enable-lora"),
         ({"worker_extension_cls": ""}, f"--worker-extension-cls {WORKER_EXTENSION}"),
         ({"worker_extension_cls": "other.Worker"}, f"--worker-extension-cls {WORKER_EXTENSION}"),
-        ({"lora_config": Namespace(target_modules=None)}, "--lora-target-modules q_proj"),
-        ({"lora_config": Namespace(target_modules=["q_proj", "lm_head"])}, "--lora-target-modules q_proj"),
+        ({"lora_config": loras(target_modules=None)}, "--lora-target-modules q_proj"),
+        ({"lora_config": loras(target_modules=["q_proj", "lm_head"])}, "--lora-target-modules q_proj"),
+        ({"lora_config": loras(max_loras=1)}, "--max-loras 8"),
+        ({"lora_config": loras(max_lora_rank=1, lora_dtype=torch.bfloat16)}, "--max-lora-rank 16"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"logprobs_mode": "processed_logits"}, "--logprobs-mode raw_logprobs"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"api_server_count": 2}, "--api-server-count 1"),
         ({"enforce_eager": False}, "--enforce-eager"),
@@ -62,6 +97,54 @@ def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
 def test_a_wrong_setting_is_refused_with_its_flag(changes: dict[str, Any], flag: str) -> None:
     with pytest.raises(ValueError, match=flag):
         check_settings(*settings(**changes))
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({}, None),
+        ({"--max-logprobs": ["0"], "--served-model-name": ["theirs", "too"]}, None),
+        ({"--dtype": ["bfloat16"]}, None),
+        ({"--enable-lora": None}, "--enable-lora"),
+        ({"--worker-extension-cls": None}, f"--worker-extension-cls {WORKER_EXTENSION}"),
+        ({"--max-loras": None}, "--max-loras 8"),
+        ({"--max-lora-rank": ["1"], "--dtype": ["bfloat16"]}, "--max-lora-rank 16"),
+        ({"--lora-target-modules": None}, "--lora-target-modules q_proj"),
+        ({"--lora-target-modules": ["q_proj", "lm_head"]}, "--lora-target-modules q_proj"),
+        ({"--logprobs-mode": ["processed_logprobs"]}, "--logprobs-mode raw_logprobs"),
+        ({"--logprobs-mode": ["raw_logits"]}, "--logprobs-mode raw_logprobs"),
+        ({"--data-parallel-size": ["2"]}, "--data-parallel-size"),
+        ({"--pipeline-parallel-size": ["2"]}, "--pipeline-parallel-size"),
+    ],
+)
+def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: str | None, tiny_model: Path) -> None:
+    """With the configuration that vLLM itself makes of a command line."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    given = {name: values for name, values in (FLAGS | changes).items() if values is not None}
+    line = [part for name, values in given.items() for part in (name, *values)]
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())  # type: ignore[no-untyped-call]
+    args = parser.parse_args(["--model", str(tiny_model), *line])
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    if flag is None:
+        check_settings(config, args)
+        return
+    with pytest.raises(ValueError, match=flag):
+        check_settings(config, args)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(("allowed", "said"), [(None, "zoact"), ("", "zoact"), ("a,b", "a,b,zoact")])
+def test_a_worker_says_that_the_plugin_is_kept_out(allowed: str | None, said: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "VLLM_PLUGINS"}
+    if allowed is not None:
+        environment["VLLM_PLUGINS"] = allowed
+    code = f"from {WORKER_EXTENSION.rpartition('.')[0]} import ZoActWorker"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"set VLLM_PLUGINS={said}. " in done.stderr
 
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:

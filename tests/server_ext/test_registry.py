@@ -25,17 +25,18 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
-from server_ext import basis_files
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
+from server_ext.importing import read_lora
 from server_ext.registry import Registry
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
 from server_ext.service import Service
 from server_ext.tenants import OPERATOR
+from tests.loras import lora_archive, random_halves
 from tests.strategies import SEEDS
 from zoact_remote import Update
 from zoact_remote.digest import coefficients_digest
-from zoact_remote.layout import Layout
+from zoact_remote.layout import Layout, select_sites
 from zoact_remote.replay import apply_update
 from zoact_remote.wire import Change, Rollback
 
@@ -90,6 +91,14 @@ class Stage:
 
     async def _settle(self) -> None:
         await asyncio.gather(*self.registry._snapshot_tasks)
+
+    def bring(self, name: str, seed: int = 0) -> tuple[Layout, list[NDArray[np.float32]]]:
+        """Imports an adapter; where it acts, and what it begins with."""
+        sites = select_sites(self._engine.sites, SITES)
+        archive = lora_archive(random_halves(sites, 2, seed))
+        self.run(self.service.import_adapter(OPERATOR, name, archive, "rademacher"))
+        found = read_lora(archive, sites, 2, "")
+        return found.layout, [found.flat]
 
     def change(self, name: str, change: Change) -> tuple[int, str, bool]:
         async def make() -> tuple[int, str, bool]:
@@ -165,6 +174,14 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         self.stage.run(self.stage.service.create(OPERATOR, ask))
         self.adapters[name] = None
+
+    @rule(name=st.sampled_from(NAMES), seed=st.integers(0, 3))
+    def bring(self, name: str, seed: int) -> None:
+        if name in self.adapters:
+            with pytest.raises(ApiError, match="exists already"):
+                self.stage.bring(name, seed)
+            return
+        self.adapters[name] = History(*self.stage.bring(name, seed))
 
     @rule(name=st.sampled_from(NAMES))
     def calibrate(self, name: str) -> None:
@@ -298,18 +315,23 @@ def make_adapter(stage: Stage, name: str) -> None:
     stage.run(stage.service.calibrate(OPERATOR, name, Calibrate()))
 
 
-@pytest.mark.parametrize("damage", ["changed", "missing"])
-def test_a_damaged_basis_costs_its_adapter_and_no_other(stage: Stage, damage: str) -> None:
-    make_adapter(stage, "acme/a")
-    (path,) = (stage.directory / "bases").iterdir()
+@pytest.mark.parametrize("damage", ["changed", "torn", "missing"])
+@pytest.mark.parametrize("kind", ["bases", "imports"])
+def test_a_damaged_file_costs_its_adapter_and_no_other(stage: Stage, kind: str, damage: str) -> None:
+    stage.bring("acme/a")
+    (path,) = (stage.directory / kind).iterdir()
     make_adapter(stage, "acme/b")
-    stage.stop()
+    stage.kill()
+    path = stage.directory / kind / path.name
+    content = path.read_bytes()
     if damage == "changed":
-        vectors = basis_files.read(path)
-        name = next(iter(vectors))
-        basis_files.write(path, vectors | {name: vectors[name] * np.float32(2)})
+        path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    elif damage == "torn":
+        path.write_bytes(content[: len(content) // 2])
     else:
         path.unlink()
+    # They would do in place of what is on disk.
+    shutil.rmtree(stage.directory / "snapshots", ignore_errors=True)
     stage.start()
     states = {adapter.row.name: adapter.info().state for adapter in stage.registry.all()}
     assert states == {"acme/a": "failed", "acme/b": "ready"}
@@ -318,6 +340,17 @@ def test_a_damaged_basis_costs_its_adapter_and_no_other(stage: Stage, damage: st
     assert (failed.value.status, failed.value.code) == (503, "adapter_failed")
     assert stage.change("acme/b", Update(0, ((1, 0.5),)))[0] == 1
     stage.run(stage.service.delete("acme/a"))
+    assert not list((stage.directory / "imports").iterdir())
+
+
+def test_another_adapters_coefficients_are_not_taken(stage: Stage) -> None:
+    for seed, name in enumerate(NAMES):
+        stage.bring(name, seed)
+    first, second = sorted((stage.directory / "imports").iterdir())
+    shutil.copy(first, second)
+    stage.kill()
+    stage.start()
+    assert sorted(adapter.info().state for adapter in stage.registry.all()) == ["failed", "ready"]
 
 
 def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
@@ -350,7 +383,12 @@ def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
     stage.stop()
     there = set(stage.directory.rglob("*.safetensors"))
     key = next(iter(there)).stem
-    for left in ("bases/gone.safetensors", f"bases/{key}.safetensors.partial", "snapshots/gone/3.safetensors"):
+    for left in (
+        "bases/gone.safetensors",
+        "imports/lost.safetensors",
+        f"bases/{key}.safetensors.partial",
+        "snapshots/gone/3.safetensors",
+    ):
         (stage.directory / left).parent.mkdir(exist_ok=True)
         (stage.directory / left).touch()
     for snapshot in (stage.directory / "snapshots").glob("*/*.safetensors"):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import requests
@@ -20,6 +20,9 @@ from zoact_remote.cli.local_server import free_port
 pytestmark = pytest.mark.vllm
 
 TUNED = "tuned"
+Half = Literal["float16", "bfloat16"]
+HALVES: dict[Half, float] = {"float16": 2e-2, "bfloat16": 2e-1}
+"""How far log-probabilities of these exports may be off, by the types' units in the last place."""
 PROMPT_TOKENS = 4
 SEQUENCES = ([0, 40, 41, 42, 50, 51, 52, 53], [0, 300, 7, 8, 9, 10, 11], [0, *range(100, 140)])
 """Prompts with their completions, in ids: this is about weights, not about tokenisers."""
@@ -74,6 +77,8 @@ def stock_vllm(tiny_model: Path, adapter: Adapter, tmp_path_factory: pytest.Temp
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model), "--port", str(port)]
     arguments += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager"]
     arguments += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{TUNED}={exported}"]
+    for dtype in HALVES:
+        arguments.append(f"{dtype}={adapter.export(directory / dtype, dtype=dtype)}")
     process = Process(arguments, port, directory / "vllm.log")
     yield process.url
     process.kill()
@@ -89,6 +94,14 @@ def test_stock_vllm_gives_an_export_the_same_logprobs(stock_vllm: str, adapter: 
     tuned, base = (adapter.scores(ROWS, version=version) for version in (None, 0))
     assert served == pytest.approx([row.logprobs[0] for row in tuned.rows], abs=1e-4)
     assert served != pytest.approx([row.logprobs[0] for row in base.rows], abs=0.1), "training must show for this test"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_exports_in_16_bits_are_close(stock_vllm: str, adapter: Adapter, dtype: Half) -> None:
+    served = [logprob for ids in SEQUENCES for logprob in completion_logprobs(stock_vllm, dtype, ids)]
+    expected = [row.logprobs[0] for row in adapter.scores(ROWS).rows]
+    assert served == pytest.approx(expected, abs=HALVES[dtype])
+    assert served != pytest.approx(expected, abs=1e-5), "rounding must show for this test"
 
 
 def test_the_evaluation_harness_finds_the_same(

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 
 from server_ext.routes import ADAPTER, PREFIX, TENANT, health, router
 from server_ext.tenants import key_digest
+from tests.loras import lora_archive
 from tests.support import Server
 from zoact_remote import Adapter, Basis, Client, Update
 from zoact_remote.cli.local_server import free_port
@@ -27,6 +29,8 @@ FIXED = "the key of a tenant in the keys file"
 SECRET, NOBODY = "acme/secret", "acme/nobody"
 PROMPT = "Nobody but acme knows of Project Nightingale"
 ROW = {"prompt": PROMPT, "completion": " and its aims"}
+
+LORA = lora_archive({"model.layers.1.mlp.up_proj": (np.eye(2, 64, dtype=np.float32), np.ones((128, 2), np.float32))})
 
 BODIES: dict[tuple[str, str], Any] = {
     ("GET", ADAPTER): None,
@@ -39,6 +43,7 @@ BODIES: dict[tuple[str, str], Any] = {
     ("POST", ADAPTER + "/rollback"): {"base_version": 2, "to_version": 0},
     ("GET", ADAPTER + "/journal"): None,
     ("GET", ADAPTER + "/export"): None,
+    ("POST", ADAPTER + "/import"): LORA,
 }
 """A body that every route to an adapter takes."""
 MANAGED: dict[tuple[str, str], Any] = {
@@ -48,6 +53,8 @@ MANAGED: dict[tuple[str, str], Any] = {
     ("POST", TENANT + "/key"): None,
     ("DELETE", TENANT): None,
 }
+STATUS = {("DELETE", ADAPTER): 204, ("POST", ADAPTER + "/import"): 201}
+"""Status codes that are not 200."""
 OWN = {("GET", "/info"), ("POST", "/adapters"), ("GET", "/adapters")}
 """Routes that speak of the caller alone."""
 
@@ -62,8 +69,9 @@ class House:
     def call(self, who: str | None, method: str, path: str, body: Any = None, **options: Any) -> requests.Response:
         """A call with somebody's key."""
         headers = {} if who is None else {"authorization": f"Bearer {self.keys.get(who, who)}"}
+        content = {"data": body} if isinstance(body, bytes) else {"json": body}
         return requests.request(
-            method, f"{self.server.url}{PREFIX}{path}", json=body, headers=headers, timeout=TIMEOUT, **options
+            method, f"{self.server.url}{PREFIX}{path}", headers=headers, timeout=TIMEOUT, **content, **options
         )
 
     def client(self, who: str) -> Client:
@@ -162,11 +170,11 @@ def test_the_owner_and_the_operator_may(house: House, method: str, path: str) ->
         with house.client("acme") as client:
             if path.endswith("/basis"):
                 client.create_adapter(name, rank=2)
-            else:
+            elif not path.endswith("/import"):
                 made(client, name)
         tenant, _, adapter = name.partition("/")
         answer = house.call(who, method, path.format(tenant=tenant, adapter=adapter), BODIES[method, path])
-        assert answer.status_code == (204 if method == "DELETE" else 200), answer.text
+        assert answer.status_code == STATUS.get((method, path), 200), answer.text
         house.call("operator", "DELETE", f"/adapters/{name}")
 
 
@@ -281,10 +289,14 @@ PROBES = [{"seed": seed, "epsilon": 0.1} for seed in range(4)]
         ("max_request_bytes", 2000, "/losses", {"rows": [ROW] * 100, "base": True}, 413, None),
         ("max_adapters", 1, "", {"name": "NAME"}, 403, "name"),
         ("max_coefficient_bytes", 30000, "", {"name": "NAME", "rank": 9}, 403, "rank"),
+        ("max_rank", 1, "/import", LORA, 400, "adapter_config.json: r"),
+        ("max_request_bytes", 2000, "/import", LORA, 413, None),
+        ("max_adapters", 1, "/import", LORA, 403, "name"),
+        ("max_coefficient_bytes", 5000, "/import", LORA, 403, "rank"),
     ],
 )
 def test_a_limit_is_named_and_nothing_changes(
-    house: House, limit: str, most: int, call: str, body: dict[str, Any], status: int, param: str | None
+    house: House, limit: str, most: int, call: str, body: Any, status: int, param: str | None
 ) -> None:
     tenant = f"{limit}{call.replace('/', '.')}.{len(body)}"
     house.add(tenant, **{limit: most})
@@ -293,7 +305,8 @@ def test_a_limit_is_named_and_nothing_changes(
         assert house.call(tenant, "GET", "/info").json()["limits"][limit] == most
         before, there = state(adapter), client.adapters()
         path = f"/adapters/{tenant}/model{call}" if call else "/adapters"
-        body = {**body, "name": f"{tenant}/more"} if "name" in body else body
+        if isinstance(body, dict) and "name" in body:
+            body = {**body, "name": f"{tenant}/more"}
         answer = house.call(tenant, "POST", path, body)
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
@@ -302,7 +315,9 @@ def test_a_limit_is_named_and_nothing_changes(
         assert (state(adapter), client.adapters()) == (before, there)
         # Nobody else has the limit.
         if call:
-            assert house.call("operator", "POST", path, body).status_code == 200
+            # An import gets as far as to find that its name is taken.
+            done = 409 if call == "/import" else 200
+            assert house.call("operator", "POST", path, body).status_code == done
 
 
 def test_a_limit_holds_for_whoever_comes_at_the_same_time(house: House) -> None:

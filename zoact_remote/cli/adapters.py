@@ -1,4 +1,4 @@
-"""Commands about adapters that there are: ``zoact adapters``, ``export``, ``rollback`` and ``audit``."""
+"""Commands about adapters themselves: ``zoact adapters``, ``export``, ``import``, ``rollback`` and ``audit``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from zoact_remote.cli import options
 from zoact_remote.cli.output import CommandFailed, reporting
+from zoact_remote.noise import Distribution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,27 +24,66 @@ def export(
     adapter: options.Adapter,
     directory: Annotated[Path, typer.Argument(help="Made if it does not exist.", show_default=False)],
     version: options.Version = None,
-    dtype: Annotated[Literal["float32", "float16", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Of the weights: float32 if not given. A merged model keeps its checkpoint's."),
+    ] = None,
+    merge: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a whole model: a copy of this checkpoint of the base model, with the adapter in its weights.",
+            metavar="CHECKPOINT",
+            exists=True,
+            file_okay=False,
+            show_default=False,
+        ),
+    ] = None,
     url: options.Url = None,
     api_key: options.ApiKey = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Write a version of an adapter as a PEFT directory, which PEFT and vLLM load as a LoRA."""
+    """Write a version of an adapter as a PEFT directory, which PEFT and vLLM load as a LoRA, or as a whole model."""
     with reporting(as_json) as output, options.connect(url, api_key) as client:
+        if merge is not None and dtype is not None:
+            raise CommandFailed("--dtype is for LoRAs: a merged model has the types of its checkpoint")
         found = client.adapter(adapter)
         # Named here, so that what is said is what was written even if someone trains it meanwhile.
         version = found.info.version if version is None else version
-        with output.waiting(f"exporting {adapter}@{version}"):
-            found.export(directory, version=version, dtype=dtype)
+        made: dict[str, Any] = {"adapter": adapter, "version": version, "directory": str(directory)}
+        if merge is not None:
+            with output.waiting(f"merging {adapter}@{version} into a copy of {merge}"):
+                found.export_merged(directory, merge, version=version)
+            made["checkpoint"] = str(merge)
+        else:
+            made["dtype"] = dtype or "float32"
+            with output.waiting(f"exporting {adapter}@{version}"):
+                found.export(directory, version=version, dtype=made["dtype"])
+        output.result(made, f"{adapter}@{version} is in {directory}")
+
+
+def import_(
+    directory: Annotated[
+        Path, typer.Argument(help="A PEFT directory.", exists=True, file_okay=False, show_default=False)
+    ],
+    adapter: options.Adapter,
+    noise: Annotated[Distribution, typer.Option(help="Distribution of the probes that will train it.")] = "rademacher",
+    url: options.Url = None,
+    api_key: options.ApiKey = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Create an adapter whose version 0 is a LoRA: an earlier export, or any other that fits the model."""
+    with reporting(as_json) as output, options.connect(url, api_key) as client:
+        with output.waiting(f"importing {directory}"):
+            made = client.import_adapter(adapter, directory, noise=noise).info
         output.result(
-            {"adapter": adapter, "version": version, "dtype": dtype, "directory": str(directory)},
-            f"{adapter}@{version} is in {directory}",
+            _described(made),
+            f"{adapter}: {made.parameters:,} coefficients in {len(made.sites)} layers; basis of rank {made.rank}",
         )
 
 
 def rollback(
     adapter: options.Adapter,
-    version: Annotated[int, typer.Argument(help="The version to return to; 0 is the model itself.", min=0)],
+    version: Annotated[int, typer.Argument(help="The version to return to; 0 is what it began with.", min=0)],
     url: options.Url = None,
     api_key: options.ApiKey = None,
     as_json: options.AsJson = False,
@@ -125,6 +165,7 @@ def _described(adapter: AdapterInfo) -> dict[str, Any]:
         "noise": adapter.noise,
         "basis": adapter.basis.to_json() | {"digest": adapter.basis_digest},
         "digest": adapter.digest,
+        "imported_digest": adapter.imported_digest,
         "created": adapter.created.isoformat(),
     }
 
@@ -141,7 +182,9 @@ def _table(found: list[AdapterInfo]) -> Table:
     for heading in ("basis", "created"):
         table.add_column(heading)
     for adapter in sorted(found, key=lambda adapter: adapter.name):
-        basis = "not taken yet" if adapter.state == "new" else f"{adapter.basis.source}, {adapter.basis.positions}"
+        source = adapter.basis.source
+        basis = f"{source}, {adapter.basis.positions}" if source == "activations" else source
+        basis = "not taken yet" if adapter.state == "new" else basis
         created = adapter.created.astimezone().strftime("%Y-%m-%d %H:%M")
         version, rank = str(adapter.version), str(adapter.rank)
         table.add_row(adapter.name, version, rank, f"{adapter.parameters:,}", basis, created)

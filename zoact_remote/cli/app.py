@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from zoact_remote.cli.adapters import adapters, audit, export, rollback
+from zoact_remote.cli.adapters import adapters, audit, export, import_, rollback
 from zoact_remote.cli.evaluate import evaluate
 from zoact_remote.cli.quickstart import quickstart
 from zoact_remote.cli.runs import runs
@@ -28,6 +28,7 @@ app.command()(train)
 app.command()(runs)
 app.command("eval")(evaluate)
 app.command()(export)
+app.command("import")(import_)
 app.command()(adapters)
 app.command()(rollback)
 app.command()(audit)

@@ -35,7 +35,9 @@ AsJson = Annotated[
 ]
 Adapter = Annotated[str, typer.Argument(help="Its name, such as acme/triage.", show_default=False)]
 AdapterName = Annotated[str, typer.Option(help="Its name, such as acme/triage.", metavar="TENANT/NAME")]
-Version = Annotated[int | None, typer.Option(min=0, help="The newest if not given; 0 is the model itself.")]
+Version = Annotated[
+    int | None, typer.Option(min=0, help="The newest if not given; 0 is the model itself, or what was imported.")
+]
 
 TaskName = Annotated[
     str | None,

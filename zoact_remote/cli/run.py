@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
     from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
+    from zoact_remote.noise import Distribution
     from zoact_remote.tasks import Example, Task
-    from zoact_remote.wire import BasisResult, Info, Json, Row
+    from zoact_remote.wire import AdapterInfo, BasisResult, Info, Json, Row
 
-ZERO_SHOT, CALIBRATED, TUNED = "zero-shot", "label-calibrated zero-shot", "tuned"
+ZERO_SHOT, IMPORTED, CALIBRATED, TUNED = "zero-shot", "imported", "label-calibrated {}", "tuned"
+
+BASIS_SETTINGS = ("positions", "calibration_rows")
+"""What an adapter that was imported makes no use of."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Run:
 
     Attributes:
         adapter: what it trained.
-        results: the task's figures, loss and rows of the model alone, of it with its bias for labels taken away, and
-            tuned. Empty without held-out rows.
+        results: the task's figures, loss and rows of version 0 (the model alone, or with what was imported), of it with
+            its bias for labels taken away, and tuned. Empty without held-out rows.
         result: everything about the run but its steps, fit for JSON; ``result.json`` holds it too.
 
     """
@@ -115,6 +119,8 @@ def train_adapter(
         started = files.started
         adapter = client.adapter(name) if started else _ready_adapter(client, name, rows, settings, output, go_on)
         files.bind(adapter.info)
+        # One that was imported has a rank of its own.
+        settings = replace(settings, rank=adapter.info.rank)
         settings = measured(adapter, rows, settings, files, output)
         facts = _facts(info, adapter, task, settings, len(rows), len(held_out))
         history, results = _train(adapter, task, rows, held_out, settings, directory, output, files, loggers, facts)
@@ -140,8 +146,8 @@ def _train(
     assert task.metric is not None
     start = None
     if held_out and files.start_version:
-        with output.waiting("evaluating the model without the adapter"):
-            start = files.model_alone(lambda: evaluate_examples(adapter, task, held_out, version=0))
+        with output.waiting("evaluating version 0"):
+            start = files.of_version_0(lambda: evaluate_examples(adapter, task, held_out, version=0))
     with training_bar(output.console, settings.steps, task.metric) as bar:
         watched = Watched(adapter, bar)
         trainer = Trainer(
@@ -166,18 +172,18 @@ def _train(
             history = trainer.run()
         except BaseException:
             # The curves up to a failure are what explains it.
-            _report(directory, adapter.name, facts, trainer.history, start, task, held_out)
+            _report(directory, adapter.info, facts, trainer.history, start, task, held_out)
             raise
         bar.doing("trained")
-    _report(directory, adapter.name, facts, history, start, task, held_out)
-    return history, _results(start, history, task, held_out)
+    _report(directory, adapter.info, facts, history, start, task, held_out)
+    return history, _results(adapter.info, start, history, task, held_out)
 
 
 def _ready_adapter(
     client: Client, name: str, rows: Sequence[Row], settings: TrainingSettings, output: Output, go_on: bool
 ) -> Adapter:
     # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
-    adapter = client.create_adapter(
+    adapter = _imported(client, name, settings.noise) or client.create_adapter(
         name, rank=settings.rank, noise=settings.noise, basis=settings.make_basis(), exist_ok=True
     )
     if not go_on:
@@ -188,6 +194,22 @@ def _ready_adapter(
             # A run that was killed meanwhile may have had the server take it, from these very rows.
             basis = adapter.calibrate(sample, exist_ok=True)
         output.note(_about_basis(adapter, basis))
+    return adapter
+
+
+def _imported(client: Client, name: str, noise: Distribution) -> Adapter | None:
+    """The adapter of a name if it was imported: its rank and its basis are what they are, whatever the settings say."""
+    try:
+        adapter = client.adapter(name)
+    except NotFound:
+        return None
+    if adapter.info.imported_digest is None:
+        return None
+    if adapter.info.noise != noise:
+        raise CommandFailed(
+            f"{name} was imported for {adapter.info.noise} probes: give an --optimizer for those, or import it again "
+            f"with --noise {noise}"
+        )
     return adapter
 
 
@@ -208,13 +230,16 @@ def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
     )
 
 
-def _results(start: Evaluation | None, history: History, task: Task, held_out: Sequence[Example]) -> dict[str, Json]:
+def _results(
+    adapter: AdapterInfo, start: Evaluation | None, history: History, task: Task, held_out: Sequence[Example]
+) -> dict[str, Json]:
     start = start or history.baseline
     if start is None:
         return {}
-    results = {ZERO_SHOT: _figures(start, task)}
+    version_0 = ZERO_SHOT if adapter.imported_digest is None else IMPORTED
+    results = {version_0: _figures(start, task)}
     if start.calibrated_accuracy is not None:
-        results[CALIBRATED] = {
+        results[CALIBRATED.format(version_0)] = {
             "accuracy": start.calibrated_accuracy,
             "loss": calibrated_loss(start, [example.row["answer"] for example in held_out]),
             "rows": len(held_out),
@@ -250,12 +275,17 @@ def _facts(
         table = isinstance(value, Mapping)
         about[setting] = ", ".join(f"{name}: {word!r}" for name, word in value.items()) if table else repr(value)
     about |= {"training rows": f"{rows:,}", "rows evaluated": f"{eval_rows:,}"}
-    return about | {name.replace("_", " "): value for name, value in asdict(settings).items()}
+    given = asdict(settings)
+    if adapter.info.imported_digest is not None:
+        about["imported"] = adapter.info.imported_digest
+        for setting in BASIS_SETTINGS:
+            del given[setting]
+    return about | {name.replace("_", " "): value for name, value in given.items()}
 
 
 def _report(
     directory: Path,
-    name: str,
+    adapter: AdapterInfo,
     facts: Mapping[str, object],
     history: History,
     start: Evaluation | None,
@@ -265,10 +295,10 @@ def _report(
     assert task.metric is not None
     write_report(
         directory / REPORT,
-        title=name,
+        title=adapter.name,
         settings=facts,
         history=history,
-        results=_results(start, history, task, held_out),
+        results=_results(adapter, start, history, task, held_out),
         metric=task.metric,
         changes=changed_answers([example.row for example in held_out], start or history.baseline, history.final),
     )

@@ -128,8 +128,8 @@ class RunFiles(Callback):
         steps = [*self._records, *history.steps]
         history.steps = [replace(record, evaluation=self._found.get(record.step + 1)) for record in steps]
 
-    def model_alone(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
-        """The evaluation of the model without the adapter, made unless it was made before."""
+    def of_version_0(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
+        """The evaluation of version 0, made unless it was made before."""
         if None not in self._found:
             self._found[None] = evaluate()
             self._note(None, self._found[None])

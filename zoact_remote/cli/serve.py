@@ -49,7 +49,7 @@ def serve(
         str | None, typer.Option(help="Of the weights. If not given, float32 on the CPU, the model's own on a GPU.")
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter (vLLM).", min=1)] = 8,
-    slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=1)] = 8,
+    slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=2)] = 8,
     api_key: Annotated[
         str | None,
         typer.Option(help="The operator's key, which opens everything.", envvar="ZOACT_API_KEY", metavar="KEY"),

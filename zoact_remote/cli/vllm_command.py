@@ -11,7 +11,7 @@ from pathlib import Path
 from zoact_remote.cli.output import CommandFailed
 
 PLUGIN = "zoact"
-WORKER_EXTENSION = "server_ext.worker.ZoActWorker"
+WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -108,7 +108,7 @@ class AdapterInfo:
 
     Attributes:
         name: ``tenant/adapter``.
-        version: number of updates applied; 0 is the base model.
+        version: number of updates applied.
         rank: columns of each coefficient matrix.
         noise: distribution of its probes.
         noise_version: version of the noise specification.
@@ -119,6 +119,8 @@ class AdapterInfo:
         energy: share (0 to 1) of each input's activation energy that the basis keeps; None before calibration.
         positions_seen: activations that the basis was taken from; None before calibration.
         digest: digest of the newest coefficients; None before calibration.
+        imported_digest: digest of version 0's coefficients where they were imported; None where version 0 is the base
+            model.
         created: when it was created.
         state: ``"new"`` before calibration, then ``"ready"``.
 
@@ -138,6 +140,7 @@ class AdapterInfo:
     digest: str | None
     created: datetime
     state: str
+    imported_digest: str | None = None
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> AdapterInfo:
@@ -157,6 +160,7 @@ class AdapterInfo:
             digest=data.get("digest"),
             created=read_time(data["created"]),
             state=data["state"],
+            imported_digest=data.get("imported_digest"),
         )
 
 

@@ -15,7 +15,7 @@ Row: TypeAlias = Mapping[str, Any]
 Term: TypeAlias = tuple[int, float]
 Json: TypeAlias = dict[str, Any]
 Sides = Literal["both", "plus"]
-Source = Literal["activations", "random"]
+Source = Literal["activations", "random", "imported"]
 Positions = Literal["scored", "prompt", "both"]
 
 MAX_KEY_LENGTH = 128
@@ -221,7 +221,8 @@ class Basis:
 
     Attributes:
         source: ``"activations"`` for the top right singular vectors of the calibration rows' activations, or
-            ``"random"`` for a random orthonormal basis to compare with.
+            ``"random"`` for a random orthonormal basis to compare with. ``"imported"`` is what a server says of a basis
+            that came with its adapter; it cannot be asked for.
         positions: which activations count: ``"scored"`` for positions that predict a continuation's token,
             ``"prompt"`` for all of the prompt's, ``"both"`` for both.
         centred: take the mean activation away before the decomposition.

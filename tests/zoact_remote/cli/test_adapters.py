@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import KEY, Server, trained_adapter
-from tests.zoact_remote.cli.support import RECORDS, TASK, figures, read_json, run, run_json
+from tests.support import KEY, Server, new_name, trained_adapter
+from tests.zoact_remote.cli.support import HELD_OUT, RECORDS, TASK, figures, read_json, run, run_json
 from zoact_remote import Adapter, Client, NotFound
 from zoact_remote.cli.data import spread
 
-ROWS = TASK.rows(RECORDS)
+ROWS, HELD_OUT_ROWS = TASK.rows(RECORDS), TASK.rows(HELD_OUT)
 
 
 @pytest.fixture
@@ -153,3 +153,40 @@ def test_the_api_key_is_sent(server_with_key: Server, monkeypatch: pytest.Monkey
     assert "a valid API key is needed" in run(*listing, "--api-key", "wrong", code=1).stderr
     monkeypatch.setenv("ZOACT_API_KEY", KEY)
     assert run_json(*listing) == {"adapters": []}
+
+
+def test_import_makes_an_adapter_of_an_export(client: Client, adapter: Adapter, name: str) -> None:
+    run("export", adapter.name, "peft")
+    made = run_json("import", "peft", name)
+    assert (made["name"], made["version"], made["digest"]) == (name, 0, adapter.info.digest)
+    assert made["imported_digest"] == adapter.info.digest
+    assert "imported" in run("adapters").stdout
+    assert "every digest is that of the coefficients" in run("audit", name).stdout
+    assert run_json("import", "peft", name, code=1)["error"]["code"] == "adapter_exists"
+    Path("peft/adapter_model.safetensors").write_bytes(b"")
+    assert "adapter_model.safetensors: is no safetensors file" in run("import", "peft", new_name(), code=1).stderr
+
+
+def test_what_was_imported_is_trained_on(data: str, client: Client, adapter: Adapter, name: str) -> None:
+    run("export", adapter.name, "peft")
+    run("import", "peft", name)
+    made = run_json("train", data, "--adapter", name, "--steps", "2", "--learning-rate", "0.01")
+    assert list(made["results"]) == ["imported", "label_calibrated_imported", "tuned"]
+    assert made["settings"]["rank"] == adapter.info.rank
+    after = client.adapter(name)
+    assert (after.info.version, after.info.imported_digest) == (2, adapter.info.digest)
+    assert made["results"]["imported"]["loss"] == pytest.approx(adapter.scores(HELD_OUT_ROWS).loss, abs=1e-4)
+    run("import", "peft", f"{name}-gaussian", "--noise", "gaussian")
+    refused = run("train", data, "--adapter", f"{name}-gaussian", "--steps", "2", code=1).stderr
+    assert "was imported for gaussian probes" in refused
+
+
+def test_export_merges_into_a_checkpoint(adapter: Adapter, tiny_model: Path) -> None:
+    made = run_json("export", adapter.name, "merged", "--merge", str(tiny_model))
+    assert made == {"adapter": adapter.name, "version": 2, "directory": "merged", "checkpoint": str(tiny_model)}
+    assert {path.name for path in tiny_model.iterdir()} < {path.name for path in Path("merged").iterdir()}
+    both = run("export", adapter.name, "merged", "--merge", str(tiny_model), "--dtype", "float16", code=1)
+    assert "a merged model has the types of its checkpoint" in both.stderr
+    Path("other").mkdir()
+    Path("other/config.json").write_text("{}")
+    assert "is not the checkpoint" in run("export", adapter.name, "x", "--merge", "other", code=1).stderr

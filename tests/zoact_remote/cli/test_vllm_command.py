@@ -43,7 +43,7 @@ def test_vllm_on_a_gpu() -> None:
     assert flags["--dtype"] == ["auto"]
     assert flags["--max-lora-rank"] == ["16"]
     assert (flags["--max-loras"], flags["--max-cpu-loras"]) == (["8"], ["16"])
-    assert flags["--worker-extension-cls"] == ["server_ext.worker.ZoActWorker"]
+    assert flags["--worker-extension-cls"] == ["server_ext.extension.ZoActWorker"]
     assert "lm_head" not in flags["--lora-target-modules"]
     assert "--enforce-eager" not in flags
     assert environment == {"VLLM_PLUGINS": "zoact", "ZOACT_STATE": str(Path("state").resolve())}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 SAMPLE = 1 << 20
 
 
-def model_digest(directory: str | Path) -> str:
+def model_digest(directory: str | os.PathLike[str]) -> str:
     """SHA-256 over a checkpoint's configuration and, of each weight file, its name, size, first and last MiB.
 
     A safetensors file begins with the names, shapes and offsets of its tensors, so those are covered in full.
@@ -28,12 +29,3 @@ def model_digest(directory: str | Path) -> str:
             file.seek(max(size - SAMPLE, 0))
             sha.update(file.read(SAMPLE))
     return "sha256:" + sha.hexdigest()
-
-
-def checkpoint_directory(model: str) -> Path:
-    """Where a model's files lie: the directory itself, or the hub's local copy of that name."""
-    if Path(model).is_dir():
-        return Path(model)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(model, local_files_only=True))
