@@ -34,19 +34,16 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from gradients import Activations, Bases, Batch, Model
 
 from server_ext.basis import Positions, RangeFinder, random_test_matrix
-from server_ext.inputs import make_sites
 from zoact_remote.cli.data import spread
 from zoact_remote.cli.settings import DEFAULTS
-from zoact_remote.layout import Layout, Site
 from zoact_remote.tasks import BUILTIN, load_jsonl
 
 OVERSAMPLING = 8
@@ -54,9 +51,6 @@ HIGHEST_RANK = 16
 TRAINING_ROWS = 1000
 LEAST_SHARE = 1e-4
 """Of an input's energy: columns that hold less are scaled as if they held as much."""
-
-Bases = dict[str, torch.Tensor]
-"""V D by input: float32 ``[in, r]``."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,8 @@ class Variant:
         passes: over the rows.
         by_energy: sites get ranks such that all keep about the same share of their activations' energy, with about as
             many coefficients in all as ``rank`` makes.
-        power: columns are scaled by the activations' root mean square along them, to this power.
-        per_input: whether that scaling leaves an input's columns together as large as they were.
+        power: an input's columns are scaled by the activations' root mean square along them, to this power, and then
+            all alike, so that together they are as large as before.
 
     """
 
@@ -85,7 +79,6 @@ class Variant:
     passes: int = 1
     by_energy: bool = False
     power: float = 0.0
-    per_input: bool = True
 
 
 DEFAULT = Variant(positions=DEFAULTS.positions, rows=DEFAULTS.calibration_rows, rank=DEFAULTS.rank)
@@ -106,122 +99,9 @@ VARIANTS = {
     "columns by s^1/2": replace(DEFAULT, power=0.5),
     "columns by s": replace(DEFAULT, power=1.0),
     "columns by s^-1/2": replace(DEFAULT, power=-0.5),
-    "inputs and columns by s^-1/2": replace(DEFAULT, power=-0.5, per_input=False),
-    "inputs and columns by s^-1": replace(DEFAULT, power=-1.0, per_input=False),
     "of the gradient": replace(DEFAULT, source="gradient"),
 }
 """The last is out of reach: the training rows' gradient's own leading directions, as a measure of what there is."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Rows as tensors.
-
-    Attributes:
-        ids: ``[rows, longest]``, padded on the right, where causal attention lets nothing see it.
-        ends: each row's last position.
-        answers: the right choice's number.
-
-    """
-
-    ids: torch.Tensor
-    ends: torch.Tensor
-    answers: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Activations:
-    """A batch's: by input ``[positions, in]``, and which positions are scored; all are the prompt's."""
-
-    of: dict[str, torch.Tensor]
-    scored: torch.Tensor
-
-
-class Model:
-    """The network, and a task's rows for it."""
-
-    def __init__(self, path: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
-        network: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        self.network = network.eval().requires_grad_(False)
-        head = network.get_output_embeddings()
-        self.layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head}
-        for layer in self.layers.values():
-            layer.weight.requires_grad_(True)
-        self.sites = make_sites((n, m.in_features, m.out_features) for n, m in self.layers.items())
-        self.widths = Layout(self.sites, 1).inputs
-        self.candidates = torch.zeros(0, dtype=torch.long)
-
-    def batches(self, rows: Sequence[dict[str, Any]], size: int) -> list[Batch]:
-        """Rows in batches, which from here on are answered with these rows' choices."""
-        words = [self.tokenizer.encode(word, add_special_tokens=False) for word in rows[0]["choices"]]
-        assert all(len(word) == 1 for word in words), "the answers must be one token each"
-        self.candidates = torch.tensor(words)[:, 0]
-        made = []
-        for first in range(0, len(rows), size):
-            part = rows[first : first + size]
-            tokens = [torch.tensor(self.tokenizer.encode(row["prompt"])) for row in part]
-            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
-            ends = torch.tensor([len(t) - 1 for t in tokens])
-            made.append(Batch(ids, ends, torch.tensor([row["answer"] for row in part])))
-        return made
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        """Of the choices: ``[rows, choices]``."""
-        hidden = self.network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
-        last = hidden[torch.arange(len(batch.ids)), batch.ends]
-        return last @ self.network.get_output_embeddings().weight[self.candidates].T
-
-    def gradient(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-        """The loss, and its gradient in every layer's weight: ``[out, in]`` by site."""
-        loss = nn.functional.cross_entropy(self.logits(batch), batch.answers)
-        names = [site.name for site in self.sites]
-        found = torch.autograd.grad(loss, [self.layers[name].weight for name in names])
-        return loss.item(), dict(zip(names, found, strict=True))
-
-    @torch.no_grad()
-    def activations(self, batches: Sequence[Batch], only_scored: bool) -> list[Activations]:
-        """Every input's activations, by batch."""
-        readers = {site.input: self.layers[site.name] for site in reversed(self.sites)}
-        found = []
-        for batch in batches:
-            position = torch.arange(batch.ids.shape[1])
-            scored = (position == batch.ends[:, None]).reshape(-1)
-            kept = scored if only_scored else (position <= batch.ends[:, None]).reshape(-1)
-            seen: dict[str, torch.Tensor] = {}
-
-            def keep(name: str, _: Any, args: Any, seen: Any = seen, kept: Any = kept) -> None:
-                seen[name] = args[0].reshape(-1, args[0].shape[-1])[kept]
-
-            handles = [layer.register_forward_pre_hook(partial(keep, name)) for name, layer in readers.items()]
-            self.network.base_model(input_ids=batch.ids, use_cache=False)
-            for handle in handles:
-                handle.remove()
-            found.append(Activations(seen, scored[kept]))
-        return found
-
-    def traces(self, batch: Batch, bases: dict[str, Bases], draw: torch.Generator) -> dict[str, float]:
-        """The trace of Fisher's matrix in every basis's coefficients, as one answer a row has it."""
-        passing: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-
-        def keep(name: str, _: Any, args: Any, output: torch.Tensor) -> None:
-            passing[name] = args[0].detach(), output
-
-        handles = [self.layers[site.name].register_forward_hook(partial(keep, site.name)) for site in self.sites]
-        logits = self.logits(batch)
-        for handle in handles:
-            handle.remove()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=draw)[:, 0]
-        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        slopes = torch.autograd.grad(loss, [passing[site.name][1] for site in self.sites])
-        found = dict.fromkeys(bases, 0.0)
-        for site, slope in zip(self.sites, slopes, strict=True):
-            for name, basis in bases.items():
-                of_row = torch.einsum("npo,npr->nor", slope, passing[site.name][0] @ basis[site.input])
-                found[name] += float(of_row.square().sum()) / len(batch.ids)
-        return found
 
 
 class Calibration:
@@ -294,14 +174,13 @@ class Calibration:
         return {n: basis[n][:, :rank] for n, rank in ranks(low).items()}
 
     def _scaled(self, variant: Variant, basis: Bases) -> Bases:
-        scales = {}
-        for name in basis:
+        found = {}
+        for name, vectors in basis.items():
             squares, total = self._squares(variant, name, basis)
             # Some inputs have fewer directions than columns.
-            scales[name] = squares.clamp_min(LEAST_SHARE * total) ** (variant.power / 2)
-        if variant.per_input:
-            scales = {name: scale / scale.square().mean().sqrt() for name, scale in scales.items()}
-        return {name: vectors * scales[name] for name, vectors in basis.items()}
+            scales = squares.clamp_min(LEAST_SHARE * total) ** (variant.power / 2)
+            found[name] = vectors * (scales / scales.square().mean().sqrt())
+        return found
 
 
 @dataclass

@@ -104,6 +104,5 @@ def test_the_bound_lets_adam_by_coordinate_take_its_first_steps(slopes: list[flo
     optimizer = GaussianAdam()
     for version, slope in enumerate(slopes):
         update = optimizer.step(Estimate(((version, slope),), 0.0), 1e-3, version)
-    # a_i^2 / b_i does not depend on the slopes: the bound is sqrt(sum_k (beta1^2 / beta2)^k) (1 - beta1) / sqrt(1 - beta2)
-    # rates, 7.3, with both moments' corrections less.
+    # a_i^2 / b_i does not depend on the slopes, and the bound on the run's length alone: it rises to 7.3 rates.
     assert largest_step(update, "gaussian") < 10 * 1e-3
