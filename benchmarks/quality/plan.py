@@ -83,15 +83,18 @@ METHODS = {
     # The grid of Malladi et al., arXiv 2305.17333.
     "mezo": Method("MeZO, all weights", (1e-7, 1e-6, 1e-5)),
 }
-ABLATION = {
-    f"basis-{name}": Method(f"ours, basis: {title}", (_RATE / 2, _RATE, 2 * _RATE), _ours_but(basis))
-    for name, title, basis in (
-        ("scored", "scored positions", Basis(positions="scored")),
-        ("prompt", "prompt positions", Basis(positions="prompt")),
-        ("both", "both kinds of position", Basis(positions="both")),
-        ("centred", "centred", Basis(positions=DEFAULTS.positions, centred=True)),
-    )
+_OTHERS = {
+    "scored": ("scored positions", _ours_but(Basis(positions="scored"))),
+    "prompt": ("prompt positions", _ours_but(Basis(positions="prompt"))),
+    "both": ("both kinds of position", _ours_but(Basis(positions="both"))),
+    "centred": ("centred", _ours_but(Basis(positions=DEFAULTS.positions, centred=True))),
+    "rank-1": ("rank 1", replace(DEFAULTS, rank=1)),
 }
+ABLATION = {
+    f"basis-{name}": Method(f"ours, {title}", (_RATE / 2, _RATE, 2 * _RATE), settings)
+    for name, (title, settings) in _OTHERS.items()
+}
+"""Ours with other bases, each at the best of three rates."""
 
 
 @dataclass(frozen=True)
