@@ -34,12 +34,12 @@ ROWS_EVALUATED = 500
 
 @dataclass(frozen=True)
 class OtherBasis(TrainingSettings):
-    """Settings with a basis that ``zoact train`` has no flag for."""
+    """Settings with a basis that ``zoact train`` has no flag for; its seed is the run's."""
 
-    basis: Basis | None = None
+    basis: Basis = Basis()
 
     def make_basis(self) -> Basis:
-        return self.basis or super().make_basis()
+        return replace(self.basis, seed=self.seed)
 
 
 @dataclass(frozen=True)
