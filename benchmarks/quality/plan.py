@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ ROWS_EVALUATED = 500
 class OtherBasis(TrainingSettings):
     """Settings with a basis that ``zoact train`` has no flag for; its seed is the run's."""
 
-    basis: Basis = Basis()
+    basis: Basis = field(default_factory=Basis)
 
     def make_basis(self) -> Basis:
         return replace(self.basis, seed=self.seed)
