@@ -115,7 +115,8 @@ class Scorer:
 
 
 def train(network: Network, run: plan.Run, marks: Sequence[int], data: Path, is_trial: bool) -> list[dict[str, Any]]:
-    training, choice, held_out = plan.rows_of(run.task, data)
+    training, choice, examples = plan.data_of(run.task, data)
+    held_out = [example.row for example in examples]
     rows = network.tokenise(training)
     scorer = Scorer(network)
     start = evaluate(scorer, held_out)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from zoact_remote.cli.data import spread
 from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
-from zoact_remote.tasks import BUILTIN, load_jsonl
+from zoact_remote.tasks import BUILTIN, Example, load_jsonl
 from zoact_remote.wire import Basis, Row
 
 TASKS = ("sst2", "trec", "agnews", "subj")
@@ -226,14 +226,14 @@ def settings_of(method: Method, run: Run) -> TrainingSettings:
     return replace(settings, steps=steps)
 
 
-def rows_of(task: str, data: Path) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows to train on, to choose a learning rate by, and to evaluate on."""
+def data_of(task: str, data: Path) -> tuple[list[Row], list[Row], list[Example]]:
+    """Rows to train on, rows to choose a learning rate by, and what to evaluate on."""
     made = BUILTIN[task]
     train, dev, test = (load_jsonl(data / task / f"{part}.jsonl") for part in ("train", "dev", "test"))
     return (
         made.rows(train[:TRAINING_ROWS]),
         made.rows(spread(dev, ROWS_EVALUATED)),
-        made.rows(spread(test, ROWS_EVALUATED)),
+        made.examples(spread(test, ROWS_EVALUATED)),
     )
 
 

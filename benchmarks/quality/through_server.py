@@ -32,7 +32,7 @@ def main() -> None:
 
 def train(client: Client, run: plan.Run, data: Path, directory: Path, is_trial: bool) -> dict[str, Any]:
     settings = plan.settings_of(plan.select([run.method])[run.method], run)
-    training, choice, held_out = plan.rows_of(run.task, data)
+    training, choice, held_out = plan.data_of(run.task, data)
     name = f"quality/{run.name}"
     if not (directory / CHECKPOINT).is_file():
         with suppress(NotFound):
@@ -45,7 +45,7 @@ def train(client: Client, run: plan.Run, data: Path, directory: Path, is_trial: 
     except TrainingDiverged:
         diverged = True
     adapter = client.adapter(name)
-    start, tuned = (evaluate(adapter, held_out, version=version) for version in (0, None))
+    start, tuned = (evaluate(adapter, [e.row for e in held_out], version=version) for version in (0, None))
     steps = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     result = {
         "passes": plan.calibration_passes(settings) + len(steps) * plan.passes_a_step(settings),
