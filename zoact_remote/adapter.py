@@ -317,7 +317,7 @@ class Adapter:
         """Write a whole model: a copy of the base model's checkpoint in which a version is added to the weights.
 
         Weights never leave the server, so the checkpoint is the caller's own. It has to be the very one that the server
-        serves, and stays as it is. What is written holds no more of a weight in memory than a few MiB.
+        serves, and stays as it is. Only some rows of one weight are in memory at a time.
 
         Args:
             directory: made if it does not exist; files of the same names in it are replaced.

@@ -26,7 +26,7 @@ def register():
     pathlib.Path(os.environ["THEIR_FILE"]).touch()
 """
 ENTRY_POINTS = "[vllm.general_plugins]\ntheirs = their_plugin:register\n"
-UP = Site(6, "model.layers.0.mlp.up_proj", "model.layers.0.mlp.gate_proj", 64, 128)
+DOWN = Site(0, "model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj", 128, 64)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def url(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-plugin\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(ENTRY_POINTS)
-    stock = lora_directory(directory / "lora", random_halves([UP], 4), lora_alpha=200)
+    stock = lora_directory(directory / "lora", random_halves([DOWN], 4), lora_alpha=40)
     port = free_port()
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model), "--port", str(port)]
     arguments += [part for name, values in FLAGS.items() for part in (name, *values)]

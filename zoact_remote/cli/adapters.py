@@ -9,7 +9,6 @@ import typer
 
 from zoact_remote.cli import options
 from zoact_remote.cli.output import CommandFailed, reporting
-from zoact_remote.noise import Distribution
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -66,7 +65,7 @@ def import_(
         Path, typer.Argument(help="A PEFT directory.", exists=True, file_okay=False, show_default=False)
     ],
     adapter: options.Adapter,
-    noise: Annotated[Distribution, typer.Option(help="Distribution of the probes that will train it.")] = "rademacher",
+    noise: Annotated[options.Noise, typer.Option(help="Distribution of the probes that will train it.")] = "rademacher",
     url: options.Url = None,
     api_key: options.ApiKey = None,
     as_json: options.AsJson = False,

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from zoact_remote.client import Client
 
 Engine = Literal["vllm", "transformers"]
+Noise = Literal["rademacher", "gaussian"]
+"""``zoact_remote.noise.Distribution``, which would bring NumPy along before a command needs it."""
 
 _SERVER = "Server"
 _DATA = "Data"
