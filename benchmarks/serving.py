@@ -1,12 +1,12 @@
 """What training costs those who are served meanwhile, and what serving leaves to training.
 
-    python benchmarks/serving.py MODEL [--rate 0.5] [-- FLAGS OF ZOACT SERVE]
+    python benchmarks/serving.py MODEL [--rate 0.5] [FLAGS OF ZOACT SERVE]
 
 MODEL is a checkpoint's directory. Starts ``zoact serve`` with vLLM and puts a steady load on its OpenAI route: requests
 that arrive at random (Poisson), whatever has become of those before, with prompts of random tokens and answers of a
 fixed length, streamed; every other one is for a tuned adapter by name. Measures the load alone, training alone, and
-both together; then both together once more on a server that treats all requests alike (``--training-share 1``). Prints
-tables in Markdown. The time to a first token counts from the moment at which its request was due.
+both together; then both together once more on a server that treats all requests alike (``--training-share 1``). The
+time to a first token counts from the moment at which its request was due. Prints a table in Markdown.
 """
 
 from __future__ import annotations
@@ -47,9 +47,8 @@ class Latencies:
     first: list[float] = field(default_factory=list)
     next: list[float] = field(default_factory=list)
 
-    def row(self, what: str) -> str:
-        cells = [f"{1e3 * np.percentile(times, q):,.0f}" for times in (self.first, self.next) for q in (50, 99)]
-        return f"| {what} | {len(self.first)} | {' | '.join(cells)} |"
+    def cells(self) -> list[str]:
+        return [f"{1e3 * np.percentile(times, q):,.0f}" for times in (self.first, self.next) for q in (50, 99)]
 
 
 @dataclass
@@ -152,7 +151,7 @@ def server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[tuple[
     """A server with its load, and adapters to train."""
     vocabulary = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory() as name:
-        arguments = [options.model, *flags, "--state", f"{name}/state"]
+        arguments = [options.model, "--state", f"{name}/state", *flags]
         with (
             serving(arguments, Path(name) / "log") as running,
             Client(running.url, timeout=TIMEOUT_S) as client,
@@ -185,42 +184,36 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=120, help="of each load; training alone takes half as long")
     parser.add_argument("--trainers", type=int, default=2, help="adapters that train")
-    parser.add_argument("flags", nargs="*", help="of zoact serve, behind --")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     rows = BUILTIN["tickets"].rows(load_jsonl(TICKETS))
-    with server(options, options.flags) as (load, adapters):
-        alone = load.run(options.seconds)
+    print(
+        f"{options.rate:g} requests a second of {options.prompt} + {options.output} tokens for {options.seconds:g} s; "
+        f"{options.trainers} adapters train, {BATCH} rows and one ± pair a step.\n"
+    )
+    print("| | first token p50, ms | p99 | between tokens p50, ms | p99 | training, steps/s |")
+    print("| --- | --- | --- | --- | --- | --- |", flush=True)
+    with server(options, flags) as (load, adapters):
+        show("requests alone", load.run(options.seconds), None)
         with training(adapters, rows) as trainers:
             time.sleep(SETTLE_S)
             since = time.monotonic()
             time.sleep(options.seconds / 2)
-            unloaded = trainers.rate(since)
-            since = time.monotonic() + SETTLE_S
-            beside = load.run(options.seconds)
-            loaded = trainers.rate(since)
-    with (
-        server(options, ["--training-share", "1", *options.flags]) as (load, adapters),
-        training(adapters, rows) as trainers,
-    ):
-        since = time.monotonic() + SETTLE_S
-        alike = load.run(options.seconds)
-        loaded_alike = trainers.rate(since)
-    print(
-        f"{options.rate:g} requests a second of {options.prompt} + {options.output} tokens; {options.trainers} "
-        f"adapters train, {BATCH} rows and one ± pair a step.\n"
-    )
-    print("| requests | count | first token p50, ms | p99 | between tokens p50, ms | p99 |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    print(alone.row("alone"))
-    print(beside.row("beside training"))
-    print(alike.row("beside training, all alike"))
-    print("\n| training | steps/s | of alone |\n| --- | --- | --- |")
-    for what, rate in (
-        ("alone", unloaded),
-        ("beside requests", loaded),
-        ("beside requests, all alike", loaded_alike),
-    ):
-        print(f"| {what} | {rate:.2f} | {rate / unloaded:.2f} |")
+            show("training alone", None, trainers.rate(since))
+            show("both", *together(load, trainers, options.seconds))
+    alike = ["--training-share", "1", *flags]
+    with server(options, alike) as (load, adapters), training(adapters, rows) as trainers:
+        show("both, all requests alike", *together(load, trainers, options.seconds))
+
+
+def together(load: Load, trainers: Trainers, seconds: float) -> tuple[Latencies, float]:
+    """Latencies beside training, and its steps a second meanwhile."""
+    since = time.monotonic() + SETTLE_S
+    return load.run(seconds), trainers.rate(since)
+
+
+def show(what: str, latencies: Latencies | None, steps: float | None) -> None:
+    cells = [""] * 4 if latencies is None else latencies.cells()
+    print(f"| {what} | {' | '.join(cells)} | {'' if steps is None else f'{steps:.2f}'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What it costs to serve every tenant from an adapter of their own, while some of these train; and who gets what.
 
-    python benchmarks/tenants.py MODEL [-- FLAGS OF ZOACT SERVE]
+    python benchmarks/tenants.py MODEL [FLAGS OF ZOACT SERVE]
 
 MODEL is a checkpoint's directory. All tenants ask at once, first for the base model, then each for their own adapter,
 then the same while some adapters train. Prints tokens a second in Markdown; and for how many answers, greedy, peft
-finds the same tokens with the tenant's exported adapter alone (in float32: on a GPU, give ``-- --dtype float32``).
+finds the same tokens with the tenant's exported adapter alone (in float32: on a GPU, give ``--dtype float32``).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zoact_remote import Client, Update
 from zoact_remote.cli.local_server import serving
 from zoact_remote.tasks import BUILTIN, load_jsonl
 
-SIZE = 0.02
+SIZE = 0.1
 """Of every tenant's update: large enough that it changes what is written."""
 
 
@@ -81,14 +81,13 @@ def main() -> None:
     parser.add_argument("--tenants", type=int, default=64)
     parser.add_argument("--trainers", type=int, default=4, help="tenants whose adapters train")
     parser.add_argument("--output", type=int, default=32, help="tokens of an answer")
-    parser.add_argument("flags", nargs="*", help="of zoact serve, behind --")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     rows = BUILTIN["tickets"].rows(load_jsonl(TICKETS))
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     prompts = [tokenizer.encode(row["prompt"]) for row in rows[: options.tenants]]
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        arguments = [options.model, *options.flags, "--state", str(directory / "state")]
+        arguments = [options.model, "--state", str(directory / "state"), *flags]
         with serving(arguments, directory / "log") as running, Client(running.url, timeout=TIMEOUT_S) as client:
             running.wait_until_ready(client)
             adapters = [new_adapter(client, f"tenant-{i}/adapter") for i in range(options.tenants)]
