@@ -76,7 +76,9 @@ class Model:
         """Of the choices: ``[rows, choices]``."""
         hidden = self.network.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
         last = hidden[torch.arange(len(batch.ids)), batch.ends]
-        return last @ self.network.get_output_embeddings().weight[self.candidates].T
+        weights: torch.Tensor = self.network.get_output_embeddings().weight
+        scores: torch.Tensor = last @ weights[self.candidates].T
+        return scores
 
     def gradient(self, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
         """The loss, and its gradient in every layer's weight: ``[out, in]`` by site."""

@@ -73,8 +73,8 @@ def plain_vllm(model: str, directory: Path) -> Iterator[tuple[str, psutil.Proces
     """vLLM as it is, with the flags that ``zoact serve`` gives it but for LoRA and the extension."""
     port = free_port()
     ours = vllm_command(
-        model, host="127.0.0.1", port=port, state=directory, dtype=None, max_rank=8, slots=1, api_key=None, keys=None,
-        extra=FLAGS, on_cpu=True, environment=os.environ, plugins=[],
+        model, host="127.0.0.1", port=port, state=directory, dtype=None, max_rank=8, slots=2, training_share=1,
+        api_key=None, keys=None, extra=FLAGS, on_cpu=True, environment=os.environ, plugins=[],
     )  # fmt: skip
     lora = next(i for i, argument in enumerate(ours.arguments) if argument == "--enable-lora")
     command = [*ours.arguments[:lora], "--enforce-eager", *FLAGS]

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
@@ -29,6 +29,7 @@ from structlog.contextvars import bound_contextvars
 from server_ext.adapters import Adapter
 from server_ext.errors import ApiError, invalid
 from server_ext.gate import Gate, error_response, internal_error, label_of, limited, request_id_of
+from server_ext.lanes import FOREGROUND
 from server_ext.logs import log
 from server_ext.metrics import OTHER
 from server_ext.model_names import ModelName
@@ -57,6 +58,7 @@ TEXT = frozenset(
 )
 MODELS = "/v1/models"
 METRICS = "/metrics"
+PRIORITY_HEADER = "x-vllm-priority"
 STORED = ("background", "previous_response_id")
 """Members of a request to ``/v1/responses`` that speak of other responses."""
 
@@ -171,13 +173,19 @@ class OpenAIRoutes:
                 raise ApiError(403, "operator_only", f"{path} is for the operator's key")
             if path.startswith(METRICS):
                 await self._gate.measure()
+            if scope.get("method") != "GET":
+                stack.enter_context(self._engine.lanes.foreground())
             return self._inner, receive
         stack.enter_context(self._gate.call(caller))
         if listing:
             one = path.removeprefix(MODELS).removeprefix("/")
             return JSONResponse(await (self._card(caller, one) if one else self._list(caller))), receive
+        stack.enter_context(self._engine.lanes.foreground())
         body = await limited(Request(scope, receive), caller.limits.max_request_bytes).body()
         content = _json_object(body)
+        if caller.tenant is not None:
+            _check_priority(content.get("priority"), "priority")
+            _check_priority(Headers(scope=scope).get(PRIORITY_HEADER), PRIORITY_HEADER)
         name = content.get("model")
         ours = isinstance(name, str) and await self._serve(caller, name, stack)
         if path == "/v1/responses" and (ours or caller.tenant is not None):
@@ -293,6 +301,13 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _check_priority(value: Any, param: str) -> None:
+    """Raises ApiError for a priority before that of all others. What is no number, vLLM refuses or ignores."""
+    with suppress(TypeError, ValueError, OverflowError):
+        if int(value) < FOREGROUND:
+            raise invalid(param, f"must be at least {FOREGROUND}: only the operator's requests go before others")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -3,19 +3,22 @@
 vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
 
     --enable-lora --worker-extension-cls server_ext.extension.ZoActWorker --lora-target-modules q_proj ...
-    --max-loras 8
+    --max-loras 8 --scheduling-policy priority
 
 ``zoact serve`` sets all of this, and ``check_settings`` checks it. The environment may set ``ZOACT_STATE``, the
-directory of the journal, and the keys that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open
-everything too. Where there are keys, vLLM's own routes ask for one (``server_ext.openai_routes``).
+directory of the journal, ``ZOACT_TRAINING_SHARE``, the most of a step's tokens that training takes while there is other
+traffic, and the keys that ``server_ext.tenants.open_tenants`` speaks of; vLLM's own keys open everything too. Where
+there are keys, vLLM's own routes ask for one (``server_ext.openai_routes``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import threading
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ from server_ext.tenants import open_tenants
 WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
 STATE_VARIABLE = "ZOACT_STATE"
 DEFAULT_STATE = "zoact-state"
+SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
+DEFAULT_SHARE = 1 / 16
 
 
 class ZoActPlugin:
@@ -58,9 +63,10 @@ class ZoActPlugin:
         # Imported here: the module needs vLLM, and this one must load without.
         from server_ext.engines.vllm import VllmEngine
 
-        check_settings(engine_client.vllm_config, args)
+        share = training_share(os.environ)
+        check_settings(engine_client.vllm_config, args, share)
         directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
-        engine = await VllmEngine.attach(engine_client)
+        engine = await VllmEngine.attach(engine_client, share)
         keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
         # vLLM's /metrics shows what this registry holds, in multiprocess mode too.
         service = Service(engine, directory, metrics=Metrics(prometheus_client.REGISTRY))
@@ -90,12 +96,25 @@ def drain_first(engine_client: Any, gate: Gate) -> None:
     engine_client.shutdown = shutdown
 
 
-def check_settings(config: Any, args: Namespace) -> None:
+def training_share(environment: Mapping[str, str]) -> float:
+    """The share of a step that the environment leaves to training. Raises ValueError if it is none."""
+    text = environment.get(SHARE_VARIABLE)
+    try:
+        share = DEFAULT_SHARE if text is None else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"{SHARE_VARIABLE} must be above 0 and at most 1, not {text!r}")
+    return share
+
+
+def check_settings(config: Any, args: Namespace, share: float) -> None:
     """Checks what vLLM was started with.
 
     Args:
         config: its ``VllmConfig``.
         args: the API server's arguments.
+        share: of a step's tokens that training may take, see :func:`training_share`.
 
     Raises:
         ValueError: the extension cannot work with a setting; the message names the flag that mends it.
@@ -134,6 +153,11 @@ def check_settings(config: Any, args: Namespace) -> None:
         raise ValueError("ZO-Act keeps its state in one engine: start vLLM without --data-parallel-size")
     if getattr(args, "api_server_count", None) not in (None, 1):
         raise ValueError("ZO-Act keeps its state in one API server: start vLLM with --api-server-count 1")
+    if share < 1 and config.scheduler_config.policy != "priority":
+        raise ValueError(
+            "ZO-Act's training goes behind other requests by their priorities: start vLLM with --scheduling-policy "
+            f"priority, or set {SHARE_VARIABLE}=1 to treat all alike"
+        )
     if config.device_config.device_type == "cpu" and not config.model_config.enforce_eager:
         raise ValueError(
             "on the CPU, compiled code would bypass the grouped LoRA kernels: start vLLM with --enforce-eager"

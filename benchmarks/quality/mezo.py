@@ -45,7 +45,8 @@ class Network:
         self._network = network.to(DEVICE).eval().requires_grad_(False)
         parameters = list(self._network.parameters())
         self.weights = torch.cat([parameter.data.reshape(-1) for parameter in parameters])
-        for parameter, part in zip(parameters, self.weights.split([p.numel() for p in parameters]), strict=True):
+        parts = torch.split(self.weights, [parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.data = part.view_as(parameter)
         self._draw = torch.Generator(DEVICE)
 

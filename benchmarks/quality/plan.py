@@ -226,7 +226,7 @@ def settings_of(method: Method, run: Run) -> TrainingSettings:
     return replace(settings, steps=steps)
 
 
-def data_of(task: str, data: Path) -> tuple[list[Row], list[Row], list[Example]]:
+def data_of(task: str, data: Path) -> tuple[Sequence[Row], Sequence[Row], list[Example]]:
     """Rows to train on, rows to choose a learning rate by, and what to evaluate on."""
     made = BUILTIN[task]
     train, dev, test = (load_jsonl(data / task / f"{part}.jsonl") for part in ("train", "dev", "test"))

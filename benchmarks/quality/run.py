@@ -137,8 +137,8 @@ def make(options: argparse.Namespace, todo: Plan) -> None:
             server.wait_until_ready(client)
             lane = (board, i, server.url, home, options.data, deadline)
             work += [lanes.submit(server_lane, *lane) for _ in range(options.side_by_side)]
-        for lane in as_completed(work):
-            lane.result()
+        for done in as_completed(work):
+            done.result()
 
 
 def arguments(options: argparse.Namespace, home: Path) -> list[str]:

@@ -7,6 +7,7 @@ import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from contextlib import AsyncExitStack
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +23,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from server_ext.basis import Basis
 from server_ext.checkpoint import checkpoint_directory
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
+from server_ext.key_limit import KeyLimit
+from server_ext.lanes import Lanes, Turn
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
@@ -34,7 +37,8 @@ from zoact_remote.wire import Update
 FIRST_LORA_ID = 1 << 24
 """vLLM numbers the adapters that it loads itself from 1; ours start far above."""
 METRICS_NAME = "zoact"
-STEPS_AHEAD = 8
+STEPS_AHEAD = 2
+"""Steps of the scheduler that training may fill: the one under way, and the one after it."""
 LORA_IDS_KEPT = 4096
 """Points whose number is remembered, so that asking again finds the slot filled."""
 
@@ -45,7 +49,7 @@ class VllmEngine:
     name: Literal["vllm"] = "vllm"
     version = vllm.__version__
 
-    def __init__(self, client: Any, description: dict[str, Any]) -> None:
+    def __init__(self, client: Any, description: dict[str, Any], share: float) -> None:
         config = client.vllm_config.model_config
         self._client = client
         self._tokenizer = client.get_tokenizer()
@@ -59,24 +63,30 @@ class VllmEngine:
             vocabulary=config.get_vocab_size(),
             max_tokens=config.max_model_len,
         )
-        # What one step of the scheduler takes, some times over: it must never run dry.
-        self.tokens_at_once = STEPS_AHEAD * client.vllm_config.scheduler_config.max_num_batched_tokens
+        step: int = client.vllm_config.scheduler_config.max_num_batched_tokens
+        cache = client.vllm_config.cache_config
+        # Half of the cache is for others: what waits for room in it is never given that of what runs.
+        self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
+        self.lanes = Lanes(None if share == 1 else max(1, int(share * step)))
+        self._generating = KeyLimit(max(1, client.vllm_config.lora_config.max_loras // 2))
         self._lora_ids: OrderedDict[str, int] = OrderedDict()
         self._next_lora_id = itertools.count(FIRST_LORA_ID)
         self._next_request = itertools.count()
         self._calibration = asyncio.Lock()
 
     @classmethod
-    async def attach(cls, client: Any) -> VllmEngine:
+    async def attach(cls, client: Any, share: float) -> VllmEngine:
         """Attaches the workers' extension.
 
         Args:
             client: vLLM's ``EngineClient``.
+            share: of a step's tokens that training may take while there is other traffic; 1 treats all alike, and less
+                needs vLLM's priority scheduling.
 
         """
         descriptions = await client.collective_rpc("zoact_attach")
         _count_as_one(client.output_processor.lora_states)
-        return cls(client, json.loads(descriptions[0]))
+        return cls(client, json.loads(descriptions[0]), share)
 
     def encode(self, text: str, special: bool) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=special))
@@ -198,9 +208,14 @@ class VllmEngine:
             seed=seed,
             stop=list(stop),
             detokenize=bool(stop),
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            # Every token is a sign that the request is not stuck.
+            output_kind=RequestOutputKind.CUMULATIVE,
         )
-        completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
+        async with AsyncExitStack() as stack:
+            if point is not None:
+                # It holds its LoRA's slot for as long as it runs, and vLLM takes no slot away.
+                await stack.enter_async_context(self._generating.use(point.name))
+            completion = (await self._request(tokens, parameters, self.lora_request(point))).outputs[0]
         text = self._tokenizer.decode(completion.token_ids, skip_special_tokens=True)
         return GeneratedText.cut(tuple(completion.token_ids), text, completion.finish_reason == "stop", stop)
 
@@ -208,10 +223,17 @@ class VllmEngine:
         return Slots(*await self._call("zoact_slot_use"))
 
     async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
+        """The last output of a request that goes behind those that vLLM's own routes make."""
         prompt = TokensPrompt(prompt_token_ids=list(tokens))
-        name = f"zoact-{next(self._next_request)}"
-        outputs = self._client.generate(prompt, parameters, name, lora_request=lora)
-        return [output async for output in outputs][-1]
+
+        async def ask(turn: Turn) -> RequestOutput:
+            name = f"zoact-{next(self._next_request)}"
+            outputs = self._client.generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
+            async for output in outputs:
+                turn.begun, last = True, output
+            return last
+
+        return await self.lanes.background(len(tokens), ask)
 
     def lora_request(self, point: Point | None) -> LoRARequest | None:
         """A request's LoRA. Name and path say all that its weights depend on, so nothing cached can be stale."""

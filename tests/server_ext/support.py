@@ -84,6 +84,14 @@ class Reference:
             found.append(float(sum(chosen)))
         return found
 
+    def greedy(self, prompt: Sequence[int], count: int, lora: Lora | None = None) -> list[int]:
+        """The likeliest tokens behind a prompt, one after another, to a number or to the end of the text."""
+        ids = list(prompt)
+        with torch.inference_mode(), self._with(lora):
+            while len(ids) < len(prompt) + count and ids[-1] != self.tokenizer.eos_token_id:
+                ids.append(int(self.network(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        return ids[len(prompt) :]
+
     def loss(self, rows: Sequence[Mapping[str, Any]], lora: Lora | None = None) -> float:
         """A batch's loss, as the wire defines it."""
         losses = []

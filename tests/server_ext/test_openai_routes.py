@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,12 +52,14 @@ class House:
         self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         self.app.add_api_route("/metrics", self.headers)
         self.streaming, self.go_on = asyncio.Event(), asyncio.Event()
+        self.foreground, self.foreground_ever = 0, 0
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
     async def start(self) -> None:
-        stub: Any = Namespace(lora_request=lambda point: Namespace(lora_name=point.name))
+        stub: Any = Namespace(lora_request=lambda point: Namespace(lora_name=point.name), lanes=Namespace())
+        stub.lanes.foreground = self.count_foreground
         openai_routes.install(self.app, self.gate, stub, self.models, VLLM_KEY)
         await self.gate.restore()
         service = self.gate.service
@@ -88,6 +91,13 @@ class House:
 
         return StreamingResponse(stream()) if content.get("stream") else JSONResponse(found())
 
+    @contextmanager
+    def count_foreground(self) -> Iterator[None]:
+        self.foreground += 1
+        self.foreground_ever += 1
+        yield
+        self.foreground -= 1
+
     async def headers(self, request: Request) -> dict[str, str]:
         return dict(request.headers)
 
@@ -95,9 +105,11 @@ class House:
         headers = {} if key is None else {"authorization": f"Bearer {self.keys.get(key, key)}"}
         return httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", headers=headers)
 
-    async def ask(self, key: str | None, model: Any, **more: Any) -> httpx.Response:
+    async def ask(
+        self, key: str | None, model: Any, headers: dict[str, str] | None = None, **more: Any
+    ) -> httpx.Response:
         async with self.client(key) as client:
-            return await client.post("/v1/completions", json={"model": model, **more})
+            return await client.post("/v1/completions", json={"model": model, **more}, headers=headers)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +211,44 @@ def test_requests_under_way_keep_their_version(house: House) -> None:
     assert 1 in during
     assert 1 not in after
     assert list(house.models.lora_requests) == ["stock/lora"]
+
+
+@pytest.mark.parametrize("model", ["base/model", "acme/tuned"])
+def test_requests_are_foreground_to_the_end_of_their_answer(house: House, model: str) -> None:
+    async def scene() -> None:
+        asking = asyncio.create_task(house.ask("acme", model, stream=True))
+        await house.streaming.wait()
+        assert house.foreground == 1
+        house.go_on.set()
+        await asking
+        assert (house.foreground, house.foreground_ever) == (0, 1)
+
+    house.run(scene())
+
+
+def test_what_asks_nothing_of_the_model_is_no_foreground(house: House) -> None:
+    async def scene() -> None:
+        async with house.client(OPERATOR_KEY) as operator, house.client(None) as stranger:
+            for path in ("/metrics", "/v1/nothing"):
+                await operator.get(path)
+            await stranger.post("/v1/completions", json={"model": "base/model"})
+
+    house.run(scene())
+    assert house.foreground_ever == 0
+
+
+@pytest.mark.parametrize("priority", [-1, "-1", -3.0, -(2**63)])
+def test_tenants_do_not_go_before_others(house: House, priority: Any) -> None:
+    for asked in ({"priority": priority}, {"headers": {"x-vllm-priority": str(int(priority))}}):
+        answer = house.run(house.ask("acme", "base/model", **asked))
+        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value")
+        assert answer.json()["error"]["param"] in ("priority", "x-vllm-priority")
+        assert house.run(house.ask(OPERATOR_KEY, "base/model", **asked)).status_code == 200
+
+
+@pytest.mark.parametrize("priority", [0, 7, "first", None, [1]])
+def test_other_priorities_are_vllms(house: House, priority: Any) -> None:
+    assert house.run(house.ask("acme", "base/model", priority=priority)).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics", "/v1/nothing", "/nothing"])

@@ -13,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 
-from server_ext.plugin import WORKER_EXTENSION, ZoActPlugin, check_settings
+from server_ext.plugin import (
+    DEFAULT_SHARE,
+    SHARE_VARIABLE,
+    WORKER_EXTENSION,
+    ZoActPlugin,
+    check_settings,
+    training_share,
+)
+from zoact_remote.cli.serve import DEFAULT_TRAINING_SHARE
 
 FLAGS: dict[str, list[str]] = {
     "--enable-lora": [],
@@ -23,6 +31,7 @@ FLAGS: dict[str, list[str]] = {
     "--worker-extension-cls": [WORKER_EXTENSION],
     "--dtype": ["float32"],
     "--enforce-eager": [],
+    "--scheduling-policy": ["priority"],
 }
 """What a user's own command line needs beside the model."""
 
@@ -37,8 +46,8 @@ def loras(**changes: Any) -> Namespace:
     return Namespace(**(wanted | changes))
 
 
-def settings(**changes: Any) -> tuple[Namespace, Namespace]:
-    """VLLM's configuration and arguments as the plug-in wants them, but for some changes."""
+def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
+    """VLLM's configuration and arguments, and training's share, as the plug-in wants them but for some changes."""
     wanted: dict[str, Any] = {
         "lora_config": loras(),
         "worker_extension_cls": WORKER_EXTENSION,
@@ -48,6 +57,8 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace]:
         "enforce_eager": True,
         "pipeline_parallel_size": 1,
         "logprobs_mode": "raw_logprobs",
+        "policy": "priority",
+        "share": 0.5,
     }
     assert set(changes) <= set(wanted)
     given = Namespace(**(wanted | changes))
@@ -60,8 +71,9 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace]:
         ),
         device_config=Namespace(device_type=given.device_type),
         model_config=Namespace(enforce_eager=given.enforce_eager, logprobs_mode=given.logprobs_mode),
+        scheduler_config=Namespace(policy=given.policy),
     )
-    return config, Namespace(api_server_count=given.api_server_count)
+    return config, Namespace(api_server_count=given.api_server_count), given.share
 
 
 @pytest.mark.parametrize(
@@ -71,6 +83,8 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace]:
         {"device_type": "cuda", "enforce_eager": False},
         {"api_server_count": None},
         {"lora_config": loras(max_lora_rank=1)},
+        {"share": 1.0},
+        {"share": 1.0, "policy": "fcfs"},
     ],
 )
 def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
@@ -92,6 +106,7 @@ def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"api_server_count": 2}, "--api-server-count 1"),
         ({"enforce_eager": False}, "--enforce-eager"),
+        ({"policy": "fcfs"}, f"--scheduling-policy priority, or set {SHARE_VARIABLE}=1"),
     ],
 )
 def test_a_wrong_setting_is_refused_with_its_flag(changes: dict[str, Any], flag: str) -> None:
@@ -116,6 +131,7 @@ def test_a_wrong_setting_is_refused_with_its_flag(changes: dict[str, Any], flag:
         ({"--logprobs-mode": ["raw_logits"]}, "--logprobs-mode raw_logprobs"),
         ({"--data-parallel-size": ["2"]}, "--data-parallel-size"),
         ({"--pipeline-parallel-size": ["2"]}, "--pipeline-parallel-size"),
+        ({"--scheduling-policy": None}, "--scheduling-policy priority"),
     ],
 )
 def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: str | None, tiny_model: Path) -> None:
@@ -129,10 +145,10 @@ def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: s
     args = parser.parse_args(["--model", str(tiny_model), *line])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     if flag is None:
-        check_settings(config, args)
+        check_settings(config, args, DEFAULT_SHARE)
         return
     with pytest.raises(ValueError, match=flag):
-        check_settings(config, args)
+        check_settings(config, args, DEFAULT_SHARE)
 
 
 @pytest.mark.vllm
@@ -145,6 +161,18 @@ def test_a_worker_says_that_the_plugin_is_kept_out(allowed: str | None, said: st
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     assert f"set VLLM_PLUGINS={said}. " in done.stderr
+
+
+def test_the_share_of_training_is_the_environments() -> None:
+    assert training_share({}) == DEFAULT_SHARE == DEFAULT_TRAINING_SHARE
+    assert training_share({SHARE_VARIABLE: "0.25"}) == 0.25
+    assert training_share({SHARE_VARIABLE: "1"}) == 1
+
+
+@pytest.mark.parametrize("text", ["", "0", "-0.5", "1.01", "nan", "inf", "much"])
+def test_a_share_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=SHARE_VARIABLE):
+        training_share({SHARE_VARIABLE: text})
 
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:

@@ -24,6 +24,7 @@ from zoact_remote.cli.vllm_command import (
 )
 
 DEFAULT_STATE = Path("zoact-state")
+DEFAULT_TRAINING_SHARE = 1 / 16
 SERVER_PACKAGES = (
     "fastapi",
     "prometheus_client",
@@ -50,6 +51,15 @@ def serve(
     ] = None,
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter (vLLM).", min=1)] = 8,
     slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=2)] = 8,
+    training_share: Annotated[
+        float,
+        typer.Option(
+            help="The most of a batch's tokens (--max-num-batched-tokens) that training takes while there is other "
+            "traffic; 1 treats all requests alike (vLLM).",
+            envvar="ZOACT_TRAINING_SHARE",
+            metavar="SHARE",
+        ),
+    ] = DEFAULT_TRAINING_SHARE,
     api_key: Annotated[
         str | None,
         typer.Option(help="The operator's key, which opens everything.", envvar="ZOACT_API_KEY", metavar="KEY"),
@@ -80,6 +90,8 @@ def serve(
             _require(SERVER_PACKAGES, "server")
             _run_transformers(model, host, port, state, dtype, api_key, keys)
             return
+        if not 0 < training_share <= 1:
+            raise CommandFailed(f"--training-share {training_share:g}: must be above 0 and at most 1")
         if not print_only:
             _require(("vllm",), "vllm")
             _require(("fastapi", "safetensors", "structlog"), "server")
@@ -91,6 +103,7 @@ def serve(
             dtype=dtype,
             max_rank=max_rank,
             slots=slots,
+            training_share=training_share,
             api_key=api_key,
             keys=keys,
             extra=context.args,

@@ -56,6 +56,7 @@ def vllm_command(
     dtype: str | None,
     max_rank: int,
     slots: int,
+    training_share: float,
     api_key: str | None,
     keys: Path | None,
     extra: Sequence[str],
@@ -73,6 +74,8 @@ def vllm_command(
         dtype: of the weights; None for float32 on the CPU and vLLM's choice elsewhere.
         max_rank: largest rank of an adapter.
         slots: adapters and probes in a batch.
+        training_share: of a batch's tokens that training takes at most while there is other traffic; 1 treats all
+            requests alike.
         api_key: the operator's; None for none.
         keys: file of tenants' keys; None for none.
         extra: flags for vLLM. They win: no flag that is there is added.
@@ -99,6 +102,8 @@ def vllm_command(
         # Requests that run when the server is told to stop may end.
         ("--shutdown-timeout", [str(SHUTDOWN_S)]),
     ]
+    if training_share < 1:
+        wanted.append(("--scheduling-policy", ["priority"]))
     if on_cpu:
         # Compiled code would bypass the grouped LoRA kernels.
         wanted.append(("--enforce-eager", []))
@@ -106,7 +111,11 @@ def vllm_command(
     for name, values in wanted:
         if name not in given:
             arguments += [name, *values]
-    changes = {"VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins), "ZOACT_STATE": str(state.resolve())}
+    changes = {
+        "VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins),
+        "ZOACT_STATE": str(state.resolve()),
+        "ZOACT_TRAINING_SHARE": str(training_share),
+    }
     changes |= key_environment(api_key, keys)
     if (api_key is not None or keys is not None) and "VLLM_API_KEY" not in environment:
         # vLLM starts without a plug-in that fails to load. Then nobody knows the key of its routes.

@@ -28,6 +28,19 @@ def test_serve_becomes_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "zoact" in environment["VLLM_PLUGINS"]
 
 
+def test_serve_hands_on_the_share_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ZOACT_TRAINING_SHARE=0.125 " in run("serve", "model", "--training-share", "0.125", "--print").stdout
+    monkeypatch.setenv("ZOACT_TRAINING_SHARE", "0.5")
+    assert "ZOACT_TRAINING_SHARE=0.5 " in run("serve", "model", "--print").stdout
+
+
+@pytest.mark.parametrize("share", ["0", "-1", "1.5", "nan"])
+def test_a_share_that_is_none_is_refused(share: str) -> None:
+    error = run("serve", "model", "--training-share", share, "--print", code=1).stderr
+    assert "--training-share" in error
+    assert "above 0 and at most 1" in error
+
+
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("transformers", "server")])
 def test_missing_packages_are_named(engine: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)

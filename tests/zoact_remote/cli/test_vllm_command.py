@@ -20,6 +20,7 @@ def command(*extra: str, **changes: Any) -> tuple[dict[str, list[str]], dict[str
         "dtype": None,
         "max_rank": 8,
         "slots": 8,
+        "training_share": 0.25,
         "api_key": None,
         "keys": None,
         "on_cpu": False,
@@ -46,7 +47,12 @@ def test_vllm_on_a_gpu() -> None:
     assert flags["--worker-extension-cls"] == ["server_ext.extension.ZoActWorker"]
     assert "lm_head" not in flags["--lora-target-modules"]
     assert "--enforce-eager" not in flags
-    assert environment == {"VLLM_PLUGINS": "zoact", "ZOACT_STATE": str(Path("state").resolve())}
+    assert flags["--scheduling-policy"] == ["priority"]
+    assert environment == {
+        "VLLM_PLUGINS": "zoact",
+        "ZOACT_STATE": str(Path("state").resolve()),
+        "ZOACT_TRAINING_SHARE": "0.25",
+    }
 
 
 def test_vllm_on_the_cpu() -> None:
@@ -65,6 +71,12 @@ def test_flags_of_the_user_win() -> None:
     assert "--enforce-eager" not in flags
     assert flags["--max-lora-rank"] == ["16"]
     assert flags["--max-cpu-loras"] == ["6"]
+
+
+def test_where_all_requests_are_alike_vllm_needs_no_priorities() -> None:
+    flags, environment = command(training_share=1.0)
+    assert "--scheduling-policy" not in flags
+    assert environment["ZOACT_TRAINING_SHARE"] == "1.0"
 
 
 @pytest.mark.parametrize(

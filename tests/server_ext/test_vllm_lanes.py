@@ -1,0 +1,113 @@
+"""Many tenants on one vLLM: training does not stand in the way of those who are served, nor change what they get."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from server_ext.model_names import ModelName
+from tests.server_ext.support import Lora, Reference
+from tests.support import CALL_TIMEOUT_S, SLOTS, Server, Servers, trained_adapter
+from zoact_remote import Adapter, Basis, Client, Probe, Side, Update
+
+pytestmark = pytest.mark.vllm
+
+TENANTS, TRAINING = 12, 2
+"""More adapters than slots, and how many of them train meanwhile."""
+TOKENS = 12
+PROBES, LONG = 2 * SLOTS, 250
+ROWS = [{"prompt": [0, *range(40, 60)], "completion": [60 + i]} for i in range(8)]
+
+
+@pytest.fixture(scope="module")
+def server(servers: Servers) -> Server:
+    return servers("vllm")
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[Client]:
+    with server.client() as client:
+        yield client
+
+
+def prompt_of(number: int) -> list[int]:
+    # The first block is everybody's: what is cached of it must not be shared.
+    return [0, *range(40, 80), 100 + number]
+
+
+def complete(server: Server, model: str, prompt: list[int], **more: Any) -> dict[str, Any]:
+    body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "return_token_ids": True, **more}
+    response = requests.post(f"{server.url}/v1/completions", json=body, timeout=CALL_TIMEOUT_S)
+    assert response.ok, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def train(adapter: Adapter, stop: threading.Event) -> None:
+    """Steps in random directions until told to stop."""
+    update, version = None, adapter.refresh().version
+    while not stop.is_set():
+        version = adapter.losses(ROWS, [Probe(version, 0.1)], update=update).version
+        update = Update(version, ((version, 0.02),))
+
+
+def test_everybody_gets_the_answer_of_their_own_adapter(
+    server: Server, client: Client, reference: Reference, tmp_path: Path
+) -> None:
+    adapters = [trained_adapter(client, size=0.2, basis=Basis(source="random", seed=i)) for i in range(TENANTS)]
+    stop = threading.Event()
+    answers: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(TENANTS + TRAINING) as pool:
+        runs = [pool.submit(train, adapter, stop) for adapter in adapters[:TRAINING]]
+        try:
+            # There is foreground without a pause, until training has come a few steps on all the same.
+            while min(adapter.refresh().version for adapter in adapters[:TRAINING]) < 3:
+                assert len(answers) < 100 * TENANTS, "training has come to a stop"
+                names = [adapter.name for adapter in adapters]
+                answers += pool.map(lambda i, name: complete(server, name, prompt_of(i)), range(TENANTS), names)
+        finally:
+            stop.set()
+        for run in runs:
+            run.result()
+    answers = answers[-2 * TENANTS :]
+    tuned = 0
+    for place, answer in enumerate(answers):
+        number = place % TENANTS
+        served = ModelName.parse(answer["model"])
+        assert served is not None
+        assert served.adapter == adapters[number].name
+        alone = Lora.exported(adapters[number].export(tmp_path / str(place), version=served.version))
+        tokens = answer["choices"][0]["token_ids"]
+        assert tokens == reference.greedy(prompt_of(number), TOKENS, alone)
+        tuned += tokens != reference.greedy(prompt_of(number), TOKENS)
+    assert tuned > len(answers) / 2, "adapters must show for this test"
+
+
+def test_an_adapter_is_served_while_probes_write(server: Server, client: Client) -> None:
+    adapter = trained_adapter(client)
+    with ThreadPoolExecutor(PROBES) as pool:
+        # More than there are slots, and each in need of one for hundreds of steps.
+        texts = [
+            pool.submit(adapter.generate, [0, 40], max_tokens=LONG, probe=Side(seed, 0.5, 1)) for seed in range(PROBES)
+        ]
+        while not running(server):
+            time.sleep(0.01)
+        assert complete(server, adapter.name, [0, 41])["choices"]
+        lengths = [len(text.result().token_ids) for text in texts if text.done()]
+        assert LONG not in lengths, "it waited for a probe to go through"
+        assert any(len(text.result().token_ids) == LONG for text in texts)
+
+
+def running(server: Server) -> bool:
+    """Whether vLLM works at anything."""
+    text = requests.get(f"{server.url}/metrics", timeout=CALL_TIMEOUT_S).text
+    (value,) = re.findall(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE)
+    return float(value) > 0
