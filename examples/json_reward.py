@@ -2,6 +2,7 @@ r"""Teach a small model to answer in valid JSON, by a reward alone: no example o
 
 SmolLM2-135M-Instruct, asked for JSON, mostly writes something near it, such as a comma too many before the last brace.
 Start a server first:  zoact serve MODEL
+The reward needs:      pip install 'zoact-remote[json]'
 
 With vLLM on two CPU cores a step takes 4 s. One run printed, before and after its steps:
 

@@ -16,15 +16,35 @@ from zoact_remote.wire import Update
 LARGEST_COEFFICIENT = 100.0
 """Trained coefficients stay below 1. Far beyond it activations overflow, and a NaN that one adapter leaves in vLLM's
 key-value cache can reach requests of others: attention multiplies what it leaves out by zero."""
+SMALLEST_NORMAL = 2.0**-126
+"""Of float32's numbers that have all of their digits."""
+LARGEST_INEXACT_ROOT = 2.0**-63
+"""Square root of that number. Where a divisor is no less, what smaller numbers lose does not show."""
 LARGEST_DRAW = {"rademacher": 1.0, "gaussian": math.sqrt(-2.0 * math.log(2.0**-24))}
 
 
 def largest_step(update: Update, distribution: Distribution) -> float:
-    """The most by which an update's terms can change a coefficient."""
-    total = LARGEST_DRAW[distribution] * math.fsum(abs(scalar) for _, scalar in update.terms)
-    if update.normaliser is None:
-        return total
-    return total / (math.sqrt(update.normaliser.offset) + update.normaliser.epsilon)
+    """The most by which an update's terms can change a coefficient.
+
+    Without knowing its noise a term is at most as large as noise gets, over the least divisor. Terms whose seeds stand
+    in the normaliser too are bounded by that noise itself, with Cauchy and Schwarz:
+    ``|sum_i a_i z_i| <= sqrt(sum_i a_i^2 / b_i) sqrt(sum_i b_i z_i^2)``.
+    """
+    sizes: dict[int, float] = {}
+    for seed, scalar in update.terms:
+        sizes[seed] = sizes.get(seed, 0.0) + abs(scalar)
+    largest = LARGEST_DRAW[distribution]
+    normaliser = update.normaliser
+    if normaliser is None:
+        return largest * math.fsum(sizes.values())
+    floor = math.sqrt(normaliser.offset) + normaliser.epsilon
+    weights = {seed: weight for seed, weight in normaliser.terms if weight >= SMALLEST_NORMAL}
+    if normaliser.epsilon < LARGEST_INEXACT_ROOT:
+        weights.clear()
+    alone = largest * math.fsum(size for seed, size in sizes.items() if seed not in weights) / floor
+    shared = [(size, weights[seed]) for seed, size in sizes.items() if seed in weights]
+    normalised = math.sqrt(math.fsum(size * size / weight for size, weight in shared))
+    return alone + min(normalised, largest * math.fsum(size for size, _ in shared) / floor)
 
 
 class Coefficients:

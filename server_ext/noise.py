@@ -14,30 +14,31 @@ from zoact_remote.noise import LANES, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_
 _MASK32 = 0xFFFFFFFF
 
 
-class WordCache:
-    """Philox's output by seed, for many adapters together; what has gone unused longest goes first.
+class DrawCache:
+    """What draws are made of by seed, for many adapters together; what has gone unused longest goes first.
 
     A seed is drawn again and again: on both sides of its probe, and in every update whose window of past probes it
-    stands in. Its words are one bit a Rademacher coefficient, and most of the work.
+    stands in. Of a Rademacher draw Philox's words are kept, one bit a coefficient and most of the work; of a Gaussian
+    one its values, which take as much room as the words.
     """
 
-    def __init__(self, limit: int = 64 << 20) -> None:
+    def __init__(self, limit: int) -> None:
         """``limit``: bytes held at most."""
         self._limit = limit
         self._held = 0
-        self._words: OrderedDict[tuple[object, int], torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, int], torch.Tensor] = OrderedDict()
 
     def get(self, owner: object, seed: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """An owner's words for a seed, made if they are not held."""
+        """What an owner keeps for a seed, made if it is not held. It must not be changed."""
         key = (owner, seed)
-        if key in self._words:
-            self._words.move_to_end(key)
-            return self._words[key]
-        words = self._words[key] = make()
-        self._held += words.nbytes
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        made = self._kept[key] = make()
+        self._held += made.nbytes
         while self._held > self._limit:
-            self._held -= self._words.popitem(last=False)[1].nbytes
-        return words
+            self._held -= self._kept.popitem(last=False)[1].nbytes
+        return made
 
 
 class Noise:
@@ -52,12 +53,12 @@ class Noise:
         layout: Layout,
         distribution: Distribution,
         device: torch.device | str = "cpu",
-        cache: WordCache | None = None,
+        cache: DrawCache | None = None,
     ) -> None:
         self.layout = layout
         self.distribution = distribution
         self.device = torch.device(device)
-        self._cache = cache or WordCache(limit=0)
+        self._cache = cache or DrawCache(limit=0)
         lanes = LANES[distribution]
         blocks = [torch.arange(layout.padded(site) // lanes, device=device) for site in layout.sites]
         sites = [torch.full_like(b, s.index) for b, s in zip(blocks, layout.sites, strict=True)]
@@ -69,8 +70,10 @@ class Noise:
 
     def draw(self, seed: int, scale: float = 1.0) -> torch.Tensor:
         """``scale Z(seed)``: float32 ``[layout.size]``, gaps zero. The scale is rounded to float32 first."""
-        words = self._cache.get(self, seed, lambda: self._words(seed))
-        flat = self._signs(words, scale) if self.distribution == "rademacher" else self._normals(words) * float32(scale)
+        if self.distribution == "rademacher":
+            flat = self._signs(self._cache.get(self, seed, lambda: self._words(seed)), scale)
+        else:
+            flat = self._cache.get(self, seed, lambda: self._normals(self._words(seed))) * float32(scale)
         return close_gaps(flat, self.layout)
 
     def _words(self, seed: int) -> torch.Tensor:

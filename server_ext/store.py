@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from server_ext.coefficients import Coefficients
-from server_ext.noise import Noise, WordCache
+from server_ext.noise import DrawCache, Noise
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
+
+LEAST_ROOM = 64 << 20
+"""Bytes that draws may be kept in."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class AdapterStore:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._adapters: dict[str, AdapterState] = {}
-        self._cache = WordCache()
+        self._cache = DrawCache(_room(device))
 
     def put(self, key: str, layout: Layout, distribution: Distribution, basis: dict[str, torch.Tensor]) -> None:
         """Takes in an adapter, without any version of it as yet."""
@@ -102,3 +105,9 @@ class AdapterStore:
     def drop(self, key: str) -> None:
         """Forgets an adapter."""
         self._adapters.pop(key, None)
+
+
+def _room(device: torch.device) -> int:
+    """Bytes for draws: on a GPU, where drawing anew takes many launches, up to a quarter of what the model leaves."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return max(LEAST_ROOM, free // 4)

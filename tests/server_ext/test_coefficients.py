@@ -8,12 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_ext.coefficients import Coefficients
+from server_ext.coefficients import Coefficients, largest_step
 from server_ext.noise import Noise
 from tests.strategies import SEEDS, layouts, updates
-from zoact_remote import Update
+from zoact_remote import GaussianAdam, Normaliser, Update
 from zoact_remote.digest import coefficients_digest
+from zoact_remote.estimators import Estimate
 from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import Distribution
 from zoact_remote.replay import apply_update, direction, replay
 
 HISTORIES = st.lists(updates(), max_size=5)
@@ -76,3 +78,31 @@ def test_coefficients_of_another_shape_are_refused() -> None:
     layout = Layout((Site(0, "a", "a", 4, 100),), 1)
     with pytest.raises(ValueError, match=r"shape \[128\]"):
         Coefficients(Noise(layout, "rademacher"), torch.zeros(100))
+
+
+DISTRIBUTIONS = st.sampled_from(["rademacher", "gaussian"])
+
+
+@given(layouts(), DISTRIBUTIONS, st.data())
+def test_no_coefficient_moves_further_than_the_bound(
+    layout: Layout, distribution: Distribution, data: st.DataObject
+) -> None:
+    """Seeds are few, so that many stand both among the terms and in the normaliser, some of them twice."""
+    seeds, scalars = st.integers(0, 3), st.floats(-1e3, 1e3)
+    terms = data.draw(st.lists(st.tuples(seeds, scalars), max_size=5))
+    weights = data.draw(st.lists(st.tuples(seeds, st.floats(0, 1e3)), max_size=5))
+    least = data.draw(st.sampled_from([2.0**-126, 2.0**-63, 1e-8, 1.0]))
+    update = Update(0, tuple(terms), normaliser=Normaliser(tuple(weights), data.draw(st.floats(0, 1)), least))
+    with np.errstate(over="ignore"):
+        moved = np.abs(apply_update(np.zeros(layout.size, np.float32), layout, distribution, update)).max()
+        assert moved <= 2.0 * largest_step(update, distribution)
+
+
+@given(st.lists(st.floats(-1e3, 1e3).filter(lambda slope: abs(slope) > 1e-6), min_size=1, max_size=80))
+def test_the_bound_lets_adam_by_coordinate_take_its_first_steps(slopes: list[float]) -> None:
+    """Its divisor may come near zero in a coordinate, but only together with the terms."""
+    optimizer = GaussianAdam()
+    for version, slope in enumerate(slopes):
+        update = optimizer.step(Estimate(((version, slope),), 0.0), 1e-3, version)
+    # a_i^2 / b_i does not depend on the slopes, and the bound on the run's length alone: it rises to 7.3 rates.
+    assert largest_step(update, "gaussian") < 10 * 1e-3

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_ext.noise import Noise
+from server_ext.noise import DrawCache, Noise
 from tests.strategies import SEEDS, layouts
 from zoact_remote.layout import Layout, Site
+from zoact_remote.noise import Distribution
 from zoact_remote.replay import direction
 
 SCALES = st.floats(-1e3, 1e3)
@@ -51,8 +53,10 @@ def test_a_subset_of_sites_draws_what_the_whole_does(layout: Layout, seed: int, 
         assert torch.equal(matrix, whole[name])
 
 
-def test_draws_do_not_share_memory() -> None:
-    noise = Noise(Layout((Site(0, "a", "a", 4, 200),), 1), "rademacher")
+@pytest.mark.parametrize("distribution", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_draws_do_not_share_memory(distribution: Distribution, room: int) -> None:
+    noise = Noise(Layout((Site(0, "a", "a", 4, 200),), 1), distribution, cache=DrawCache(room))
     first = noise.draw(1)
     kept = first.clone()
     noise.draw(2).mul_(3)

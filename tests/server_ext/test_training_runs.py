@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 
 from tests.support import Servers, new_adapter
-from zoact_remote import Adam, Adapter, Basis, Client, ForwardDifference, Trainer, TwoPoint, evaluate, linear
+from zoact_remote import (
+    Adam,
+    Adapter,
+    Basis,
+    Client,
+    ForwardDifference,
+    GaussianAdam,
+    Trainer,
+    TwoPoint,
+    evaluate,
+    linear,
+)
 
 STEPS = 12
 ROWS: list[dict[str, Any]] = [
@@ -23,7 +34,8 @@ def train(adapter: Adapter, rows: Sequence[dict[str, Any]] = ROWS, **options: An
     settings: dict[str, Any] = {"steps": STEPS, "batch_size": 4, "seed": 5} | options
     schedule = linear(settings.pop("learning_rate", 1e-2), settings["steps"])
     estimator = settings.pop("estimator", TwoPoint(epsilon=2.0**-6))
-    history = Trainer(adapter, estimator, Adam(), schedule, rows, **settings).run()
+    optimizer = settings.pop("optimizer", None) or Adam()
+    history = Trainer(adapter, estimator, optimizer, schedule, rows, **settings).run()
     return [record.loss for record in history.steps]
 
 
@@ -46,6 +58,16 @@ def test_training_lowers_the_loss_on_the_rows_it_saw(client: Client) -> None:
     before = evaluate(adapter, ROWS, version=0)
     train(adapter, steps=60, batch_size=len(ROWS), estimator=TwoPoint(2.0**-6, probes=2))
     assert evaluate(adapter, ROWS).loss < 0.8 * before.loss
+
+
+def test_training_as_in_the_paper_lowers_the_loss(servers: Servers) -> None:
+    """Forward differences, Gaussian probes, Adam by coordinate, a basis of the prompt's positions."""
+    with servers("transformers").client() as client:
+        adapter = new_adapter(client, noise="gaussian", basis=Basis(positions="prompt"), rows=ROWS)
+        before = evaluate(adapter, ROWS, version=0)
+        estimator = ForwardDifference(2.0**-6, probes=2)
+        train(adapter, steps=60, batch_size=len(ROWS), estimator=estimator, optimizer=GaussianAdam())
+        assert evaluate(adapter, ROWS).loss < 0.8 * before.loss
 
 
 @pytest.mark.vllm

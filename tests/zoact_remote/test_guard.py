@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from tests.support import Servers, new_adapter
 from tests.zoact_remote.regression import Disk, Killed, Mortal, Regression, trainer
-from zoact_remote import SGD, Guard, InvalidValue, Trainer, TrainingDiverged
+from zoact_remote import SGD, Adam, Basis, Guard, InvalidValue, Row, Trainer, TrainingDiverged, TwoPoint, constant
 
 
 class Run(SimpleNamespace):
@@ -181,3 +182,28 @@ def test_a_state_without_the_guard_is_refused() -> None:
     state = hot(Regression(), Guard()).state_dict()
     with pytest.raises(InvalidValue, match="callbacks"):
         hot(Regression()).load_state_dict(state)
+
+
+def test_a_model_that_a_rate_destroys_is_saved(servers: Servers) -> None:
+    # A warm-up that goes too far: the loss falls to 0.3 nats at first, and then rises beyond that of a blind guess.
+    schedule = constant(0.5, warmup=100)
+    rows: list[Row] = [
+        {"prompt": [0, 40 + 3 * i, 41 + i, 60 + 5 * i], "choices": [[50], [51], [52]], "answer": i % 3}
+        for i in range(6)
+    ]
+    with servers("transformers").client() as client:
+
+        def trained(*guard: Guard) -> Trainer:
+            adapter = new_adapter(client, rank=4, basis=Basis(source="random"))
+            run = Trainer(
+                adapter, TwoPoint(), Adam(), schedule, rows, steps=160, batch_size=6, eval_rows=rows, callbacks=guard
+            )
+            run.run()
+            assert not adapter.audit().failures
+            return run
+
+        lost, saved = trained(), trained(Guard(window=20, patience=5))
+    lost_at, saved_at = (run.history.evaluations[-1].loss for run in (lost, saved))
+    assert lost_at > 2 * min(record.loss for record in lost.history.steps), "the rate must be too high for this test"
+    assert saved_at < 0.5 * lost_at
+    assert saved.rate_scale < 1

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from tests.zoact_remote.regression import ROWS, Regression, trainer
 from zoact_remote import InvalidValue
 from zoact_remote.callbacks import Callback
-from zoact_remote.loggers import make_logger
+from zoact_remote.loggers import figures, make_logger
 
 
 class Recorded:
@@ -54,13 +57,31 @@ def test_tensorboard(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert len(writer.named("close")) == 1
 
 
-def test_tensorboard_files(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def events(directory: Path) -> Iterator[Any]:
+    """The events in a directory's files, oldest first. A record is its length, a checksum, an event and a checksum."""
+    for file in sorted(directory.iterdir()):
+        content, start = file.read_bytes(), 0
+        while start < len(content):
+            (length,) = struct.unpack_from("<Q", content, start)
+            yield Event.FromString(content[start + 12 : start + 12 + length])
+            start += length + 16
 
-    logged(make_logger("tensorboard", "acme/films", tmp_path, {}))
-    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in found.Scalars("train/loss")] == [0, 1, 2]
+
+def test_tensorboard_files(tmp_path: Path) -> None:
+    run = trainer(Regression(), steps=3, callbacks=[make_logger("tensorboard", "acme/films", tmp_path, {})])
+    history = run.run()
+    found = list(events(tmp_path / "tensorboard"))
+    scalars = [(value.tag, event.step, value.simple_value) for event in found for value in event.summary.value]
+    for record in history.steps:
+        logged = {tag: value for tag, step, value in scalars if step == record.step}
+        assert logged == pytest.approx(figures(record), rel=1e-6)
+
+    run.steps = 5
+    run.run()
+    (begun,) = (
+        event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == SessionLog.START
+    )
+    assert begun == 3, "a run that goes on hides what was logged from there on"
 
 
 def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
