@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 
+from server_ext.routes import TAR
 from tests.support import Server
 from tests.tiny_model import make_tiny_model
 from zoact_remote import Adapter, Basis, Client, Update
@@ -31,6 +32,9 @@ TIMEOUT_S = 30
 MOST_ADAPTERS = 12
 MOST_TOKENS = 4
 """To generate: what lies beyond is the model's time, not the server's."""
+
+# schemathesis knows no tar archives; bytes are sent as they are.
+schemathesis.serializer.alias(TAR, "application/octet-stream")
 
 
 class Fuzz:
