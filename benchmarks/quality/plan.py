@@ -87,7 +87,8 @@ _OTHERS = {
     "scored": ("scored positions", _ours_but(Basis(positions="scored"))),
     "prompt": ("prompt positions", _ours_but(Basis(positions="prompt"))),
     "both": ("both kinds of position", _ours_but(Basis(positions="both"))),
-    "centred": ("centred", _ours_but(Basis(positions=DEFAULTS.positions, centred=True))),
+    # Not of scored positions: in the first layer they are often one and the same token's.
+    "centred": ("prompt positions, centred", _ours_but(Basis(positions="prompt", centred=True))),
     "rank-1": ("rank 1", replace(DEFAULTS, rank=1)),
 }
 ABLATION = {
