@@ -1,6 +1,6 @@
 """What training costs those who are served meanwhile, and what serving leaves to training.
 
-    python benchmarks/serving.py MODEL [--rate 0.5] [FLAGS OF ZOACT SERVE]
+    python benchmarks/serving.py MODEL [--rate 0.25] [FLAGS OF ZOACT SERVE]
 
 MODEL is a checkpoint's directory. Starts ``zoact serve`` with vLLM and puts a steady load on its OpenAI route: requests
 that arrive at random (Poisson), whatever has become of those before, with prompts of random tokens and answers of a
@@ -180,9 +180,9 @@ def new_adapter(client: Client, name: str) -> Adapter:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--rate", type=float, default=0.5, help="arrivals a second")
+    parser.add_argument("--rate", type=float, default=0.25, help="arrivals a second")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    parser.add_argument("--output", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--output", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=120, help="of each load; training alone takes half as long")
     parser.add_argument("--trainers", type=int, default=2, help="adapters that train")
     options, flags = parser.parse_known_args()
