@@ -205,10 +205,12 @@ def new_adapter(
     return adapter
 
 
-def trained_adapter(client: Client, *, updates: int = 1, size: float = 0.1, **options: Any) -> Adapter:
-    """An adapter some updates away from the base model, far enough that it shows in its scores."""
+def trained_adapter(client: Client, *, updates: int = 1, size: float = 0.1, seed: int = 0, **options: Any) -> Adapter:
+    """An adapter some updates away from the base model, far enough that it shows in its scores.
+
+    The same whatever ran before; adapters that are to differ take seeds that lie apart.
+    """
     adapter = new_adapter(client, **options)
-    first = int(adapter.name.rpartition("-")[2]) * 1000
     for version in range(updates):
-        adapter.update(Update(version, ((first + version, size),)))
+        adapter.update(Update(version, ((seed + version, size),)))
     return adapter

@@ -83,7 +83,7 @@ def test_more_probes_than_slots(both: Pair) -> None:
 def test_a_mixed_batch_is_what_its_parts_are(servers: Servers) -> None:
     """The base model, adapters, probes and calibration at once. vLLM's own CPU kernels perturb the base model here."""
     with servers("vllm").client() as client:
-        adapters = [trained_adapter(client, size=0.2) for _ in range(SLOTS)]
+        adapters = [trained_adapter(client, size=0.2, seed=i) for i in range(SLOTS)]
         rows = [{"prompt": [0, *range(20 + i, 60 + i)], "completion": [100 + i, 200 + i]} for i in range(12)]
 
         def scores(adapter: Adapter, version: int | None, probe: Side | None = None) -> Callable[[], list[float]]:

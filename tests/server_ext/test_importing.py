@@ -50,7 +50,7 @@ def served(found: Imported) -> dict[str, NDArray[np.float64]]:
 @settings(max_examples=60)
 @given(
     chosen=st.sets(st.sampled_from(SITES), min_size=1),
-    rank=st.integers(1, 7),
+    rank=st.integers(1, 6),
     shared=st.booleans(),
     rslora=st.booleans(),
     alpha=st.integers(1, 64) | st.floats(0.01, 64),
