@@ -35,7 +35,7 @@ TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
 TUNED = 4
 """Adapters that are served by name."""
 BATCH = 16
-SETTLE_S = 12.0
+SETTLE_S = 32.0
 """Of everything, not measured: longer than training holds back after the last request."""
 TIMEOUT_S = (10.0, 600.0)
 

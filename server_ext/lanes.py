@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 FOREGROUND, BACKGROUND = 0, 1
 """Priorities of vLLM's: the lower goes first."""
-QUIET_S = 10.0
+QUIET_S = 30.0
 """After the last foreground request, before training has the machine to itself again."""
 PATIENCE_S = 5.0
 
