@@ -287,7 +287,7 @@ class Service:
             raise invalid(
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
-        turn = self._turns.turn(name.partition("/")[0], len(tokens) + ask.max_tokens)
+        turn = self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens)
         async with self._point(adapter, ask.version, ask.probe) as (version, point), turn:
             text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
         return schemas.Generation(
