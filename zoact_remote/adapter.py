@@ -79,8 +79,7 @@ class Adapter:
 
     def layout(self) -> Layout:
         """Where its coefficients lie in the flat buffer of :mod:`zoact_remote.replay`."""
-        offered = self._transport.call("GET", "/info", Info.from_json, repeatable=True).sites
-        return Layout(select_sites(offered, self.info.sites), self.info.rank)
+        return self._layout_on(self._server_info())
 
     def calibrate(self, rows: Sequence[Row] = (), *, exist_ok: bool = False) -> BasisResult:
         """Take the basis, once, from the activations on some rows.
@@ -331,7 +330,7 @@ class Adapter:
             InvalidValue: the checkpoint is not that of the server's model, or a weight of it cannot be added to.
 
         """
-        served = self._transport.call("GET", "/info", Info.from_json, repeatable=True)
+        served = self._server_info()
         found = model_digest(checkpoint)
         if found != served.model_digest:
             raise InvalidValue(
@@ -341,7 +340,7 @@ class Adapter:
             )
         with tempfile.TemporaryDirectory() as scratch:
             export = self.export(scratch, version=version)
-            halves = read_halves(export, Layout(select_sites(served.sites, self.info.sites), self.info.rank))
+            halves = read_halves(export, self._layout_on(served))
             merge(Path(checkpoint), halves, Path(directory))
             shutil.copyfile(export / ABOUT, Path(directory, ABOUT))
         return Path(directory)
@@ -349,6 +348,12 @@ class Adapter:
     def delete(self) -> None:
         """Delete the adapter, its coefficients and its journal. There is no way back."""
         self._transport.call("DELETE", self._path, lambda answer: None, repeatable=False)
+
+    def _server_info(self) -> Info:
+        return self._transport.call("GET", "/info", Info.from_json, repeatable=True)
+
+    def _layout_on(self, server: Info) -> Layout:
+        return Layout(select_sites(server.sites, self.info.sites), self.info.rank)
 
 
 def adapter_path(name: str) -> str:
