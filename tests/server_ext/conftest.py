@@ -26,5 +26,17 @@ def client(server: Server) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="session")
+def vllm_server(servers: Servers) -> Server:
+    """For tests of what vLLM alone does."""
+    return servers("vllm")
+
+
+@pytest.fixture(scope="session")
+def vllm_client(vllm_server: Server) -> Iterator[Client]:
+    with vllm_server.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
 def reference(tiny_model: Path) -> Reference:
     return Reference(tiny_model)

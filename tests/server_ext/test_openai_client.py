@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.support import Server, Servers, new_name, trained_adapter
+from tests.support import Server, new_name, trained_adapter
 from zoact_remote import Adapter, Client, Side, Update
 
 pytestmark = pytest.mark.vllm
@@ -20,24 +20,13 @@ GREEDY: Any = {"max_tokens": 12, "temperature": 0}
 
 
 @pytest.fixture(scope="module")
-def server(servers: Servers) -> Server:
-    return servers("vllm")
+def adapter(vllm_client: Client) -> Adapter:
+    return trained_adapter(vllm_client, updates=2, size=0.3)
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def adapter(client: Client) -> Adapter:
-    return trained_adapter(client, updates=2, size=0.3)
-
-
-@pytest.fixture(scope="module")
-def models(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as models:
+def models(vllm_server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{vllm_server.url}/v1", api_key="none", max_retries=0) as models:
         yield models
 
 
@@ -71,9 +60,9 @@ def test_chat(models: openai.OpenAI, adapter: Adapter) -> None:
 
 
 def test_an_imported_adapter_answers_with_its_coefficients_from_version_0_on(
-    models: openai.OpenAI, client: Client, adapter: Adapter, tmp_path: Path
+    models: openai.OpenAI, vllm_client: Client, adapter: Adapter, tmp_path: Path
 ) -> None:
-    imported = client.import_adapter(new_name(), adapter.export(tmp_path))
+    imported = vllm_client.import_adapter(new_name(), adapter.export(tmp_path))
 
     def ask(model: str) -> str:
         text: str = models.completions.create(model=model, prompt=PROMPT, **GREEDY).choices[0].text

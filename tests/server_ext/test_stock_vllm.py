@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import requests
 
-from tests.support import CALL_TIMEOUT_S, Process, Server, Servers, trained_adapter
+from tests.support import CALL_TIMEOUT_S, Process, Server, trained_adapter
 from zoact_remote import Adapter, Client
 from zoact_remote.cli.local_server import free_port
 
@@ -54,19 +54,8 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def server(servers: Servers) -> Server:
-    return servers("vllm")
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def adapter(client: Client) -> Adapter:
-    return trained_adapter(client, updates=3, size=0.2)
+def adapter(vllm_client: Client) -> Adapter:
+    return trained_adapter(vllm_client, updates=3, size=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +94,13 @@ def test_exports_in_16_bits_are_close(stock_vllm: str, adapter: Adapter, dtype: 
 
 
 def test_the_evaluation_harness_finds_the_same(
-    server: Server, stock_vllm: str, adapter: Adapter, tiny_model: Path, tmp_path: Path
+    vllm_server: Server, stock_vllm: str, adapter: Adapter, tiny_model: Path, tmp_path: Path
 ) -> None:
     films = tmp_path / "films.jsonl"
     films.write_text("\n".join(map(json.dumps, FILMS)))
     (tmp_path / "films.yaml").write_text(TASK.format(films=films))
 
-    scores, logprobs = run_harness(tmp_path, server.url, adapter.name, tiny_model)
+    scores, logprobs = run_harness(tmp_path, vllm_server.url, adapter.name, tiny_model)
     stock_scores, stock_logprobs = run_harness(tmp_path, stock_vllm, TUNED, tiny_model)
     assert logprobs == pytest.approx(stock_logprobs, abs=1e-4)
     assert scores == pytest.approx(stock_scores, abs=1e-4)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import requests
 
 from server_ext.model_names import ModelName
 from tests.server_ext.support import Lora, Reference
-from tests.support import CALL_TIMEOUT_S, SLOTS, Server, Servers, trained_adapter
+from tests.support import CALL_TIMEOUT_S, SLOTS, Server, trained_adapter
 from zoact_remote import Adapter, Basis, Client, Probe, Side, Update
 
 pytestmark = pytest.mark.vllm
@@ -25,17 +24,6 @@ TENANTS, TRAINING = 12, 2
 TOKENS = 12
 PROBES, LONG = 2 * SLOTS, 250
 ROWS = [{"prompt": [0, *range(40, 60)], "completion": [60 + i]} for i in range(8)]
-
-
-@pytest.fixture(scope="module")
-def server(servers: Servers) -> Server:
-    return servers("vllm")
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[Client]:
-    with server.client() as client:
-        yield client
 
 
 def prompt_of(number: int) -> list[int]:
@@ -60,9 +48,9 @@ def train(adapter: Adapter, stop: threading.Event) -> None:
 
 
 def test_everybody_gets_the_answer_of_their_own_adapter(
-    server: Server, client: Client, reference: Reference, tmp_path: Path
+    vllm_server: Server, vllm_client: Client, reference: Reference, tmp_path: Path
 ) -> None:
-    adapters = [trained_adapter(client, size=0.2, basis=Basis(source="random", seed=i)) for i in range(TENANTS)]
+    adapters = [trained_adapter(vllm_client, size=0.2, basis=Basis(source="random", seed=i)) for i in range(TENANTS)]
     stop = threading.Event()
     answers: list[dict[str, Any]] = []
     with ThreadPoolExecutor(TENANTS + TRAINING) as pool:
@@ -72,7 +60,7 @@ def test_everybody_gets_the_answer_of_their_own_adapter(
             while min(adapter.refresh().version for adapter in adapters[:TRAINING]) < 3:
                 assert len(answers) < 100 * TENANTS, "training has come to a stop"
                 names = [adapter.name for adapter in adapters]
-                answers += pool.map(lambda i, name: complete(server, name, prompt_of(i)), range(TENANTS), names)
+                answers += pool.map(lambda i, name: complete(vllm_server, name, prompt_of(i)), range(TENANTS), names)
         finally:
             stop.set()
         for run in runs:
@@ -91,16 +79,16 @@ def test_everybody_gets_the_answer_of_their_own_adapter(
     assert tuned > len(answers) / 2, "adapters must show for this test"
 
 
-def test_an_adapter_is_served_while_probes_write(server: Server, client: Client) -> None:
-    adapter = trained_adapter(client)
+def test_an_adapter_is_served_while_probes_write(vllm_server: Server, vllm_client: Client) -> None:
+    adapter = trained_adapter(vllm_client)
     with ThreadPoolExecutor(PROBES) as pool:
         # More than there are slots, and each in need of one for hundreds of steps.
         texts = [
             pool.submit(adapter.generate, [0, 40], max_tokens=LONG, probe=Side(seed, 0.5, 1)) for seed in range(PROBES)
         ]
-        while not running(server):
+        while not running(vllm_server):
             time.sleep(0.01)
-        assert complete(server, adapter.name, [0, 41])["choices"]
+        assert complete(vllm_server, adapter.name, [0, 41])["choices"]
         lengths = [len(text.result().token_ids) for text in texts if text.done()]
         assert LONG not in lengths, "it waited for a probe to go through"
         assert any(len(text.result().token_ids) == LONG for text in texts)
