@@ -119,6 +119,8 @@ class Server:
         self._model = model
         self._directory = directory
         self._environment = {**(environment or {}), **key_environment(api_key, keys)}
+        # It comes back where it was, so that whoever knew its address still does.
+        self._port = free_port()
         self._process: Process | None = None
 
     @property
@@ -138,12 +140,11 @@ class Server:
 
     def start(self) -> Server:
         """Starts, and waits until every adapter is back."""
-        port = free_port()
         arguments = ["-m", "zoact_remote.cli", "serve", str(self._model), "--engine", self.engine]
-        arguments += ["--port", str(port), "--state", str(self.state)]
+        arguments += ["--port", str(self._port), "--state", str(self.state)]
         if self.engine == "vllm":
             arguments += ["--slots", str(SLOTS), "--", *self._flags]
-        self._process = Process(arguments, port, self.log, self._environment, "/zoact/v1/health/ready")
+        self._process = Process(arguments, self._port, self.log, self._environment, "/zoact/v1/health/ready")
         return self
 
     def kill(self) -> None:
