@@ -167,6 +167,21 @@ def test_those_who_always_wait_get_the_same(capacity: int, one: list[int], other
     run(go())
 
 
+@given(CAPACITIES, st.lists(COSTS, min_size=1, max_size=8), COSTS, COSTS)
+def test_who_gives_up_has_paid_nothing(capacity: int, given_up: list[int], one: int, other: int) -> None:
+    async def go() -> None:
+        hall = Hall(capacity)
+        first = await hall.submit("", capacity)
+        for piece in [await hall.submit("one", cost) for cost in given_up]:
+            await hall.cancel(piece)
+        mine, theirs = await hall.submit("one", one), await hall.submit("other", other)
+        await hall.finish(first)
+        await hall.finish_all()
+        assert hall.admitted == [first, mine, theirs], "first come, first served"
+
+    run(go())
+
+
 def test_a_piece_that_exceeds_the_capacity_passes_alone() -> None:
     async def go() -> None:
         hall = Hall(4)
@@ -179,6 +194,18 @@ def test_a_piece_that_exceeds_the_capacity_passes_alone() -> None:
         await hall.finish(large)
         assert after.state == "under way"
         await hall.finish(after)
+
+    run(go())
+
+
+def test_nobody_waits_for_one_who_has_given_up() -> None:
+    async def go() -> None:
+        hall = Hall(4)
+        small, large, after = [await hall.submit(name, cost) for name, cost in (("a", 1), ("b", 100), ("c", 1))]
+        await hall.cancel(large)
+        assert after.state == "under way"
+        for piece in (small, after):
+            await hall.finish(piece)
 
     run(go())
 
