@@ -40,6 +40,7 @@ from server_ext.rows import (
 )
 from server_ext.store import Point
 from server_ext.tenants import Caller
+from server_ext.together import together
 from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
@@ -366,7 +367,7 @@ class Service:
             return scores
 
         pieces = _pieces(flat, self.engine.tokens_at_once // PIECES_AT_ONCE)
-        scores = await asyncio.gather(*(piece(point, part) for point in points for part in pieces))
+        scores = await together(*(piece(point, part) for point in points for part in pieces))
         by_point = [
             [score for part in scores[i : i + len(pieces)] for score in part]
             for i in range(0, len(scores), len(pieces))

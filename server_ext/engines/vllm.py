@@ -28,6 +28,7 @@ from server_ext.lanes import Lanes, Turn
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
+from server_ext.together import together
 from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
 from zoact_remote.layout import Layout, Site
 from zoact_remote.model_digest import model_digest
@@ -123,9 +124,7 @@ class VllmEngine:
     async def _calibrate_rows(self, prompts: Sequence[tuple[int, int]], rows: Sequence[CalibrationRow]) -> None:
         parameters = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         loras = [LoRARequest(f"{CALIBRATION_PATH}{i}", i, f"{CALIBRATION_PATH}{i}") for i, _ in prompts]
-        await asyncio.gather(
-            *(self._request(row.tokens, parameters, lora) for row, lora in zip(rows, loras, strict=True))
-        )
+        await together(*(self._request(row.tokens, parameters, lora) for row, lora in zip(rows, loras, strict=True)))
 
     async def put(
         self,
@@ -160,7 +159,7 @@ class VllmEngine:
 
     async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         lora = self.lora_request(point)
-        return await asyncio.gather(*(self._score(lora, context) for context in contexts))
+        return await together(*(self._score(lora, context) for context in contexts))
 
     async def _score(self, lora: LoRARequest | None, context: Context) -> ContextScore:
         inner = context.tokens[context.start :]
