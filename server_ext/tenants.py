@@ -26,6 +26,7 @@ from server_ext.database import connect, transaction
 from server_ext.errors import ApiError, storage_failed
 from server_ext.schemas import TENANT, TenantLimits
 from zoact_remote import toml
+from zoact_remote.transport import is_loopback
 
 KEY_VARIABLE = "ZOACT_API_KEY"
 FILE_VARIABLE = "ZOACT_KEYS"
@@ -225,14 +226,19 @@ class _File(BaseModel):
     tenants: dict[Annotated[str, Field(pattern=TENANT)], _FileEntry] = {}
 
 
-def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
+def open_tenants(directory: Path, host: str | None, operator_keys: Iterable[str] = ()) -> Tenants:
     """The tenants of a server whose state is in a directory, by what the environment says.
 
     ``ZOACT_API_KEY`` holds the operator's key or its digest, ``ZOACT_KEYS`` the path of a keys file. Both add to the
     operator's keys given.
 
+    Args:
+        directory: of the state.
+        host: where the server listens; None for all interfaces.
+        operator_keys: keys, or their digests, that open everything.
+
     Raises:
-        ValueError: the keys file cannot be read.
+        ValueError: the keys file cannot be read, or there is no key although not only this machine reaches the server.
 
     """
     given = [*operator_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
@@ -242,7 +248,15 @@ def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
     if os.environ.get(FILE_VARIABLE):
         more, fixed = read_keys_file(Path(os.environ[FILE_VARIABLE]))
         operators += more
-    return Tenants(directory / "tenants.sqlite", operators, fixed)
+    tenants = Tenants(directory / "tenants.sqlite", operators, fixed)
+    if tenants.open_to_all and not is_loopback(host or ""):
+        tenants.close()
+        raise ValueError(
+            f"whoever reaches {host or 'this machine, on any of its interfaces,'} could read and change every adapter, "
+            f"as there is no key: set {KEY_VARIABLE} to the operator's, name a file with keys in {FILE_VARIABLE} (zoact "
+            "serve: --api-key, --keys), or listen on this machine alone with --host 127.0.0.1"
+        )
+    return tenants
 
 
 def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:

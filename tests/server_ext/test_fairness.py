@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from server_ext.app import create_app
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.fairness import FairQueue
+from server_ext.tenants import Tenants
 from tests.support import CALL_TIMEOUT_S
 from zoact_remote import Client, Probe
 from zoact_remote.cli.local_server import free_port
@@ -220,7 +221,8 @@ def url(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     engine = TransformersEngine(str(tiny_model))
     engine.tokens_at_once = 10 * 204
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, tmp_path / "state"), port=port, log_level="warning"))
+    app = create_app(engine, tmp_path / "state", Tenants(tmp_path / "tenants.sqlite"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     yield f"http://127.0.0.1:{port}"
