@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -76,6 +77,8 @@ class Tenant:
     created: datetime | None = None
 
 
+calling: ContextVar[str | None] = ContextVar("zoact_calling", default=None)
+"""The tenant whose call is under way; None for the operator's."""
 OPERATOR = Caller(None, TenantLimits.operators())
 
 
@@ -253,8 +256,8 @@ def open_tenants(directory: Path, host: str | None, operator_keys: Iterable[str]
         tenants.close()
         raise ValueError(
             f"whoever reaches {host or 'this machine, on any of its interfaces,'} could read and change every adapter, "
-            f"as there is no key: set {KEY_VARIABLE} to the operator's, name a file with keys in {FILE_VARIABLE} (zoact "
-            "serve: --api-key, --keys), or listen on this machine alone with --host 127.0.0.1"
+            f"as there is no key: set {KEY_VARIABLE} to the operator's, name a file with keys in {FILE_VARIABLE} "
+            "(zoact serve: --api-key, --keys), or listen on this machine alone with --host 127.0.0.1"
         )
     return tenants
 

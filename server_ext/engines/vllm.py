@@ -29,6 +29,7 @@ from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
 from server_ext.together import together
+from server_ext.traffic import watch
 from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
 from zoact_remote.layout import Layout, Site
 from zoact_remote.model_digest import model_digest
@@ -69,6 +70,7 @@ class VllmEngine:
         # Half of the cache is for others: what waits for room in it is never given that of what runs.
         self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
         self.lanes = Lanes(None if share == 1 else max(1, int(share * step)))
+        self._generate = watch(client, self.lanes)
         self._generating = KeyLimit(max(1, client.vllm_config.lora_config.max_loras // 2))
         self._lora_ids: OrderedDict[str, int] = OrderedDict()
         self._next_lora_id = itertools.count(FIRST_LORA_ID)
@@ -227,7 +229,7 @@ class VllmEngine:
 
         async def ask(turn: Turn) -> RequestOutput:
             name = f"zoact-{next(self._next_request)}"
-            outputs = self._client.generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
+            outputs = self._generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
             async for output in outputs:
                 turn.begun, last = True, output
             return last

@@ -84,5 +84,5 @@ def test_a_vllm_that_everybody_reaches_wants_keys(tiny_model: Path, tmp_path: Pa
     arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model), "--port", str(port)]
     arguments += [part for name, values in FLAGS.items() for part in (name, *values)]
     environment = {"VLLM_PLUGINS": "zoact", "ZOACT_STATE": str(tmp_path / "state")}
-    with pytest.raises(RuntimeError, match="could read and change every adapter.*--host 127.0.0.1"):
+    with pytest.raises(RuntimeError, match=r"could read and change every adapter.*--host 127.0.0.1"):
         Process(arguments, port, tmp_path / "vllm.log", environment)
