@@ -292,9 +292,15 @@ class Registry:
 
     @asynccontextmanager
     async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
-        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
+        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile.
+
+        Raises:
+            ApiError: the adapter has been deleted (404).
+
+        """
         with ExitStack() as stack:
             if version == adapter.version:
+                self._check_there(adapter)
                 stack.enter_context(adapter.pinned(version))
             else:
                 async with adapter.lock:

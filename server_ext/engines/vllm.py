@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import json
 from collections import OrderedDict
@@ -55,6 +56,8 @@ class VllmEngine:
         config = client.vllm_config.model_config
         self._client = client
         self._tokenizer = client.get_tokenizer()
+        # Fast tokenisers are not to be shared between threads.
+        self._encoder = copy.deepcopy(self._tokenizer)
         self.sites = tuple(Site(**site) for site in description["sites"])
         self.max_rank = int(description["max_rank"])
         self._sums = bool(description["sums"])
@@ -92,10 +95,10 @@ class VllmEngine:
         return cls(client, json.loads(descriptions[0]), share)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special))
+        return list(self._encoder.encode(text, add_special_tokens=special))
 
     def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False))
+        return str(self._encoder.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False))
 
     async def calibrate(
         self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
