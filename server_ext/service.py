@@ -311,8 +311,10 @@ class Service:
             drawn = {name: random_test_matrix(width, layout.rank, spec.seed, i) for i, (name, width) in inputs}
             return {name: Basis(v.astype(np.float32), float("nan")) for name, v in drawn.items()}, 0
         calibration = [CalibrationRow(row.prompt + row.target[:-1], len(row.prompt)) for row in rows]
+        tokens = spec.passes * sum(len(row.tokens) for row in calibration)
         try:
-            return await self.engine.calibrate(calibration, layout, spec.spec())
+            async with self._turns.turn(adapter.row.tenant, tokens):
+                return await self.engine.calibrate(calibration, layout, spec.spec())
         except ValueError as error:
             raise invalid("rows", str(error)) from None
 

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from server_ext.app import create_app
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.fairness import FairQueue
-from server_ext.tenants import Tenants
+from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
+from server_ext.service import Service
+from server_ext.tenants import OPERATOR, Tenants
 from tests.support import CALL_TIMEOUT_S
 from zoact_remote import Client, Probe
 from zoact_remote.cli.local_server import free_port
@@ -243,3 +245,42 @@ def test_a_flood_does_not_hold_up_the_others(url: str) -> None:
         one, other = (call.result(300) for call in calls)
         for mine, same in zip(one.losses, other.losses, strict=True):
             assert (mine.plus, mine.minus) == pytest.approx((same.plus, same.minus), abs=1e-5)
+
+
+def test_a_calibration_takes_its_turn_by_all_its_passes(tiny_model: Path, tmp_path: Path) -> None:
+    """It is charged for: who calibrates much waits for others afterwards."""
+    engine = TransformersEngine(str(tiny_model))
+    row = CompletionRow(prompt=[5] * 100, completion=[6])
+    engine.tokens_at_once = 2 * 100
+    calibrate, score = engine.calibrate, engine.score
+    order: list[str] = []
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow_calibrate(*args: Any) -> Any:
+        begun.set()
+        await may_end.wait()
+        order.append("calibration")
+        return await calibrate(*args)
+
+    async def watched_score(*args: Any) -> Any:
+        order.append("score")
+        return await score(*args)
+
+    async def go() -> None:
+        service = Service(engine, tmp_path)
+        for name, source in (("acme/new", "activations"), ("umbra/tuned", "random")):
+            basis = BasisSpec(source=source, passes=2)
+            await service.create(OPERATOR, CreateAdapter(name=name, rank=1, basis=basis))
+        await service.calibrate(OPERATOR, "umbra/tuned", Calibrate())
+        engine.calibrate, engine.score = slow_calibrate, watched_score  # type: ignore[method-assign]
+        calibrating = asyncio.create_task(service.calibrate(OPERATOR, "acme/new", Calibrate(rows=[row])))
+        await begun.wait()
+        scoring = asyncio.create_task(service.scores(OPERATOR, "umbra/tuned", AskScores(rows=[row])))
+        done, _ = await asyncio.wait([scoring], timeout=0.5)
+        assert not done, "two passes of one row are all that the engine takes at once"
+        may_end.set()
+        await asyncio.gather(calibrating, scoring)
+        await service.registry.close()
+
+    run(go())
+    assert order == ["calibration", "score"]
