@@ -298,18 +298,20 @@ class Registry:
             ApiError: the adapter has been deleted (404).
 
         """
-        with ExitStack() as stack:
-            if version == adapter.version:
-                self._check_there(adapter)
-                stack.enter_context(adapter.pinned(version))
-            else:
-                async with adapter.lock:
+        try:
+            with ExitStack() as stack:
+                if version == adapter.version:
                     self._check_there(adapter)
-                    await self._hold(adapter, version)
                     stack.enter_context(adapter.pinned(version))
-            yield adapter.point(version)
-        if adapter.deleted:
-            await self._drop_if_unused(adapter)
+                else:
+                    async with adapter.lock:
+                        self._check_there(adapter)
+                        await self._hold(adapter, version)
+                        stack.enter_context(adapter.pinned(version))
+                yield adapter.point(version)
+        finally:
+            if adapter.deleted:
+                await self._drop_if_unused(adapter)
 
     async def _load(self, adapter: Adapter) -> None:
         """Brings an adapter into the engine, at its newest version."""

@@ -18,7 +18,7 @@ from structlog.contextvars import bind_contextvars
 from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
-from server_ext.engines.base import CalibrationRow, Engine
+from server_ext.engines.base import CalibrationRow, Engine, GeneratedText
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
@@ -30,6 +30,7 @@ from server_ext.rows import RowScore, TokenRow
 from server_ext.scoring import Scorer
 from server_ext.store import Point
 from server_ext.tenants import Caller
+from server_ext.together import Gone, unless
 from server_ext.tokeniser import Tokeniser
 from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.layout import Layout, select_sites
@@ -40,7 +41,8 @@ from zoact_remote.wire import Change, Rollback, Update
 class Service:
     """Checks calls, and answers them from the registry's adapters and the engine.
 
-    Calls name adapters that their caller owns: the routes see to that.
+    Calls name adapters that their caller owns: the routes see to that. What is evaluated for a caller who has gone is
+    given up, but for calls that change an adapter: those always run to their end.
 
     Args:
         engine: evaluates.
@@ -199,7 +201,9 @@ class Service:
         bind_contextvars(version=result.version)
         return result
 
-    async def losses(self, caller: Caller, name: str, ask: schemas.AskLosses) -> schemas.Losses:
+    async def losses(
+        self, caller: Caller, name: str, ask: schemas.AskLosses, gone: Gone | None = None
+    ) -> schemas.Losses:
         started = time.perf_counter()
         adapter = self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
@@ -223,7 +227,8 @@ class Service:
             ]
             if ask.base:
                 points.append(None if adapter.is_model(version) else point)
-            results, tokens = await self._scorer.score(adapter.row.tenant, points, rows)
+            scoring = self._scorer.score(adapter.row.tenant, points, rows)
+            results, tokens = await unless(gone if ask.update is None else None, scoring)
         means = [_mean_loss(scores) for scores in results]
         unperturbed = means.pop() if ask.base else None
         plus_minus = iter(means)
@@ -247,11 +252,13 @@ class Service:
             timing=schemas.Timing(update_s=updated - started, forward_s=now - updated, total_s=now - started),
         )
 
-    async def scores(self, caller: Caller, name: str, ask: schemas.AskScores) -> schemas.Scores:
+    async def scores(
+        self, caller: Caller, name: str, ask: schemas.AskScores, gone: Gone | None = None
+    ) -> schemas.Scores:
         adapter = self.registry.calibrated(name)
         rows = await self._tokeniser.rows(ask.rows, caller.limits, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            (scores,), tokens = await self._scorer.score(adapter.row.tenant, [point], rows)
+            (scores,), tokens = await unless(gone, self._scorer.score(adapter.row.tenant, [point], rows))
         return schemas.Scores(
             version=version,
             rows=[
@@ -262,7 +269,7 @@ class Service:
             tokens=tokens,
         )
 
-    async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
+    async def generate(self, name: str, ask: schemas.AskGeneration, gone: Gone | None = None) -> schemas.Generation:
         adapter = self.registry.calibrated(name)
         tokens = await self._tokeniser.prompt(ask)
         room = self.engine.model.max_tokens - len(tokens)
@@ -270,9 +277,13 @@ class Service:
             raise invalid(
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
-        turn = self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens)
-        async with self._point(adapter, ask.version, ask.probe) as (version, point), turn:
-            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
+
+        async def write(point: Point | None) -> GeneratedText:
+            async with self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens):
+                return await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
+
+        async with self._point(adapter, ask.version, ask.probe) as (version, point):
+            text = await unless(gone, write(point))
         return schemas.Generation(
             version=version,
             text=text.text,

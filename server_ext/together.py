@@ -1,11 +1,15 @@
-"""Tasks that begin together, and of which none outlives the others."""
+"""Tasks that begin together, and of which none outlives the others, nor whoever waits for them."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
+from server_ext.errors import ApiError
+
+Gone = Callable[[], Coroutine[Any, Any, None]]
+"""Returns once whoever made a call has gone; does not return before."""
 T = TypeVar("T")
 
 
@@ -19,6 +23,26 @@ async def together(*coroutines: Coroutine[Any, Any, T]) -> list[T]:
         return await asyncio.gather(*tasks)
     finally:
         await end(tasks)
+
+
+async def unless(gone: Gone | None, work: Coroutine[Any, Any, T]) -> T:
+    """The result of work; None stands for those who stay.
+
+    Raises:
+        ApiError: whoever wanted it has gone (499). The work was cancelled, and has ended.
+
+    """
+    if gone is None:
+        return await work
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            leaving.result()
+            raise ApiError(499, "client_gone", "whoever made the call has gone")
+    finally:
+        await end([working, leaving])
+    return working.result()
 
 
 async def end(tasks: Collection[asyncio.Future[Any]]) -> None:

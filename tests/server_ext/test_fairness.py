@@ -249,7 +249,7 @@ def test_a_flood_does_not_hold_up_the_others(url: str) -> None:
 
 def test_a_calibration_takes_its_turn_by_all_its_passes(tiny_model: Path, tmp_path: Path) -> None:
     """It is charged for: who calibrates much waits for others afterwards."""
-    engine = TransformersEngine(str(tiny_model))
+    engine: Any = TransformersEngine(str(tiny_model))
     row = CompletionRow(prompt=[5] * 100, completion=[6])
     engine.tokens_at_once = 2 * 100
     calibrate, score = engine.calibrate, engine.score
@@ -272,7 +272,7 @@ def test_a_calibration_takes_its_turn_by_all_its_passes(tiny_model: Path, tmp_pa
             basis = BasisSpec(source=source, passes=2)
             await service.create(OPERATOR, CreateAdapter(name=name, rank=1, basis=basis))
         await service.calibrate(OPERATOR, "umbra/tuned", Calibrate())
-        engine.calibrate, engine.score = slow_calibrate, watched_score  # type: ignore[method-assign]
+        engine.calibrate, engine.score = slow_calibrate, watched_score
         calibrating = asyncio.create_task(service.calibrate(OPERATOR, "acme/new", Calibrate(rows=[row])))
         await begun.wait()
         scoring = asyncio.create_task(service.scores(OPERATOR, "umbra/tuned", AskScores(rows=[row])))

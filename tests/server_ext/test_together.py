@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_ext.together import end, together
+from server_ext.errors import ApiError
+from server_ext.together import end, together, unless
 
 
 class Crew:
@@ -95,3 +96,28 @@ def test_a_caller_cancelled_while_it_ends_others_is_told() -> None:
         assert crew.at_work == 0
 
     asyncio.run(go())
+
+
+@given(st.integers(0, 9), st.integers(0, 9), st.integers(0, 5), st.booleans())
+def test_work_goes_on_unless_whoever_wants_it_has_gone(steps: int, leaving: int, clearing: int, fails: bool) -> None:
+    async def go() -> None:
+        crew = Crew()
+
+        async def gone() -> None:
+            await crew.work(leaving, 0)
+
+        (found,) = await asyncio.gather(unless(gone, crew.work(steps, clearing, fails)), return_exceptions=True)
+        assert crew.at_work == 0
+        if isinstance(found, ApiError):
+            assert (found.status, found.code) == (499, "client_gone")
+            assert leaving <= steps + clearing
+        else:
+            assert isinstance(found, ValueError) if fails else found == steps
+            # That somebody has gone is seen a turn of the loop later.
+            assert leaving + 2 >= steps + clearing
+
+    asyncio.run(go())
+
+
+def test_work_for_those_who_stay() -> None:
+    assert asyncio.run(unless(None, Crew().work(3, 0))) == 3
