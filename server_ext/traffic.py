@@ -50,4 +50,4 @@ def salted(prompt: Mapping[str, Any]) -> Mapping[str, Any]:
         return prompt
     # No tenant's name holds a line break.
     salt = f"{tenant}\n{prompt.get('cache_salt') or ''}"
-    return {**prompt, "cache_salt": hashlib.sha256(salt.encode()).hexdigest()}
+    return {**prompt, "cache_salt": hashlib.sha256(salt.encode(errors="surrogatepass")).hexdigest()}
