@@ -1,4 +1,4 @@
-"""Where the files of a model lie."""
+"""The digest of the checkpoint that an engine has read, wherever it lies."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from zoact_remote.model_digest import CONFIG, model_digest
 
 
 def checkpoint_digest(model: str, revision: str | None = None, download_dir: str | None = None) -> str:
-    """Digest of the checkpoint that an engine has read.
+    """Digest of a checkpoint, see :func:`model_digest`.
 
     Args:
         model: a directory, or a name on the hub, whose files are local by now.

@@ -50,6 +50,7 @@ def model_digest(directory: str | os.PathLike[str], config: str | os.PathLike[st
     sha = hashlib.sha256(SCHEME + b"\0")
     sha.update(Path(config or directory / CONFIG).read_bytes())
     files = _weight_files(directory)
+    # From a cold disk, samples take as long as they wait for it.
     with ThreadPoolExecutor() as pool:
         for path, digest in zip(files, pool.map(_file_digest, files), strict=True):
             sha.update(f"\0{path.name}\0".encode() + digest)
