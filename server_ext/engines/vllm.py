@@ -21,7 +21,7 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
-from server_ext.checkpoint import checkpoint_directory
+from server_ext.checkpoint import checkpoint_digest
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.key_limit import KeyLimit
 from server_ext.lanes import Lanes, Turn
@@ -30,7 +30,6 @@ from server_ext.schemas import BasisSpec
 from server_ext.store import Point
 from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
 from zoact_remote.layout import Layout, Site
-from zoact_remote.model_digest import model_digest
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 
@@ -58,7 +57,7 @@ class VllmEngine:
         self._sums = bool(description["sums"])
         self.model = Model(
             name=config.served_model_name or config.model,
-            digest=model_digest(checkpoint_directory(config.model)),
+            digest=checkpoint_digest(config.model, config.revision, client.vllm_config.load_config.download_dir),
             dtype=str(config.dtype).removeprefix("torch."),
             vocabulary=config.get_vocab_size(),
             max_tokens=config.max_model_len,
