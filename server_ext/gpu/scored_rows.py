@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -163,63 +163,82 @@ class ScoredRows:
 
     def _score(self, hidden: torch.Tensor, batch: Any, logprobs: torch.Tensor) -> None:
         """Puts the answers of the requests that end in a batch into ``logprobs``, float32 ``[requests, 1 + n]``."""
-        indexes: list[int] = []
-        spans: list[Span] = []
-        shifts: list[int] = []
+        parts: list[Part] = []
         ends: list[tuple[int, int]] = []
         lengths = self._runner.req_states.prompt_len.np
         for place, (request, index) in enumerate(zip(batch.req_ids, batch.idx_mapping_np.tolist(), strict=True)):
             rows = self._rows.get(request)
             if rows is None:
                 continue
-            first = int(batch.num_computed_prefill_tokens_np[place])
+            first, length = int(batch.num_computed_prefill_tokens_np[place]), int(lengths[index])
             after = first + int(batch.num_scheduled_tokens[place])
-            length = int(lengths[index])
-            indexes.append(index)
-            spans.append(rows.whole if first == 0 and after >= length else rows.span(first, after))
-            shifts.append(int(batch.query_start_loc_np[place]) - first)
+            span = rows.whole if first == 0 and after >= length else rows.span(first, after)
+            parts.append(Part(span, index, int(batch.query_start_loc_np[place]) - first))
             if after >= length:
                 ends.append((place, index))
-        width = max(span.candidates.shape[1] for span in spans)
-        # Where each request's rows and ended rows begin among those of all.
-        at_row = list(accumulate((len(span.sums) for span in spans), initial=0))
-        at_end = list(accumulate((len(span.last) for span in spans), initial=0))
-        inner, last, following, candidates, answers = [], [], [], [], []
-        for i, span in enumerate(spans):
-            inner.append(span.inner + shifts[i])
-            last.append(span.last + shifts[i])
-            following.append(np.stack([np.full(len(span.inner), indexes[i]), span.inner + 1]))
-            candidates.append(np.pad(span.candidates, ((0, 0), (0, width - span.candidates.shape[1]))))
-            row, place, answer = span.answers
-            answers.append(np.stack([row + at_end[i], row + at_row[i], place, np.full(len(row), indexes[i]), answer]))
-        continued = [(at_row[i], indexes[i]) for i, span in enumerate(spans) if span.continued]
-        left_open = [(at_row[i + 1] - 1, indexes[i]) for i, span in enumerate(spans) if span.open]
-        table = to_device(
-            [
-                np.concatenate(inner + last),
-                np.concatenate(following, axis=1),
-                np.concatenate(candidates),
-                np.concatenate([span.sums for span in spans]),
-                np.concatenate(answers, axis=1),
-                *(np.array(pairs, np.int64).reshape(-1, 2).T for pairs in (continued, left_open, ends)),
-            ],
-            hidden.device,
-        )
-        positions, (request, token), last_tokens, counts, answer_table, continued_, open_, (place_, request_) = table
-        tokens = last_tokens.new_zeros(len(positions), width)
-        tokens[: len(request), 0] = self._runner.req_states.all_token_ids.gpu[request, token]
-        tokens[len(request) :] = last_tokens
+        tables = to_device([*_tables(parts), _pairs(ends)], hidden.device)
+        positions, (index_of, following), candidates, counts, answers, continued, open_, (place_of, ended) = tables
+        inner = len(index_of)
+        tokens = candidates.new_zeros(len(positions), candidates.shape[1])
+        tokens[:inner, 0] = self._runner.req_states.all_token_ids.gpu[index_of, following]
+        tokens[inner:] = candidates
         scores = torch.empty(tokens.shape, device=hidden.device)
         for at in range(0, len(positions), CHUNK):
-            part = slice(at, at + CHUNK)
-            logits = self._runner.model.compute_logits(hidden[positions[part]])
-            scores[part] = compute_token_logprobs(logits, tokens[part])
-        sums = torch.segment_reduce(scores[: len(request), 0], "sum", lengths=counts, unsafe=True)
-        sums[continued_[0]] += self._open[continued_[1]]
+            chunk = slice(at, at + CHUNK)
+            logits = self._runner.model.compute_logits(hidden[positions[chunk]])
+            scores[chunk] = compute_token_logprobs(logits, tokens[chunk])
+        sums = torch.segment_reduce(scores[:inner, 0], "sum", lengths=counts, unsafe=True)
+        sums[continued[0]] += self._open[continued[1]]
         self._open[open_[1]] = sums[open_[0]]
-        end, row_, nth, request_of, column = answer_table
-        self._answers[request_of, column] = sums[row_] + scores[len(request) + end, nth]
-        logprobs[place_, 1:] = self._answers[request_, : logprobs.shape[1] - 1]
+        row, end, candidate, answering, answer = answers
+        self._answers[answering, answer] = sums[row] + scores[inner + end, candidate]
+        logprobs[place_of, 1:] = self._answers[ended, : logprobs.shape[1] - 1]
+
+
+class Part(NamedTuple):
+    """A span of the request that has an index of the runner's; ``shift`` makes its positions the batch's tokens."""
+
+    span: Span
+    index: int
+    shift: int
+
+
+def _tables(parts: Sequence[Part]) -> list[Ints]:
+    """What is scored in a batch.
+
+    Returns:
+        The scored tokens, all inner ones before all last ones, ``[inner + ends]``; of the inner ones, the request's
+        index and the position of the token that each predicts, ``[2, inner]``; of the last ones, their candidates,
+        ``[ends, width]``; the number of inner ones by row, ``[rows]``; of every answer, its row, its row among those
+        that end, its place among the candidates, the request's index and its place among the request's answers,
+        ``[5, answers]``; and of rows that continue, and of rows left open, the row and the request's index,
+        ``[2, …]`` each.
+
+    """
+    width = max(part.span.candidates.shape[1] for part in parts)
+    # Where each request's rows, and those of them that end, begin among all.
+    at_row = list(accumulate((len(part.span.sums) for part in parts), initial=0))
+    at_end = list(accumulate((len(part.span.last) for part in parts), initial=0))
+    following, candidates, answers = [], [], []
+    for i, (span, index, _) in enumerate(parts):
+        following.append(np.stack([np.full(len(span.inner), index), span.inner + 1]))
+        candidates.append(np.pad(span.candidates, ((0, 0), (0, width - span.candidates.shape[1]))))
+        row, place, answer = span.answers
+        answers.append(np.stack([row + at_row[i], row + at_end[i], place, np.full(len(row), index), answer]))
+    return [
+        np.concatenate([*(p.span.inner + p.shift for p in parts), *(p.span.last + p.shift for p in parts)]),
+        np.concatenate(following, axis=1),
+        np.concatenate(candidates),
+        np.concatenate([part.span.sums for part in parts]),
+        np.concatenate(answers, axis=1),
+        _pairs([(at_row[i], part.index) for i, part in enumerate(parts) if part.span.continued]),
+        _pairs([(at_row[i + 1] - 1, part.index) for i, part in enumerate(parts) if part.span.open]),
+    ]
+
+
+def _pairs(pairs: Sequence[tuple[int, int]]) -> Ints:
+    """``[2, pairs]``."""
+    return np.array(pairs, np.int64).reshape(-1, 2).T
 
 
 def to_device(arrays: Sequence[Ints], device: torch.device) -> list[torch.Tensor]:
