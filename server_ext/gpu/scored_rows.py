@@ -196,10 +196,10 @@ class ScoredRows:
 
 
 class Part(NamedTuple):
-    """A span of the request that has an index of the runner's; ``shift`` makes its positions the batch's tokens."""
+    """A span of a request, by the runner's index; ``shift`` makes its positions the batch's tokens."""
 
     span: Span
-    index: int
+    request: int
     shift: int
 
 
@@ -220,19 +220,19 @@ def _tables(parts: Sequence[Part]) -> list[Ints]:
     at_row = list(accumulate((len(part.span.sums) for part in parts), initial=0))
     at_end = list(accumulate((len(part.span.last) for part in parts), initial=0))
     following, candidates, answers = [], [], []
-    for i, (span, index, _) in enumerate(parts):
-        following.append(np.stack([np.full(len(span.inner), index), span.inner + 1]))
+    for i, (span, request, _) in enumerate(parts):
+        following.append(np.stack([np.full(len(span.inner), request), span.inner + 1]))
         candidates.append(np.pad(span.candidates, ((0, 0), (0, width - span.candidates.shape[1]))))
         row, place, answer = span.answers
-        answers.append(np.stack([row + at_row[i], row + at_end[i], place, np.full(len(row), index), answer]))
+        answers.append(np.stack([row + at_row[i], row + at_end[i], place, np.full(len(row), request), answer]))
     return [
         np.concatenate([*(p.span.inner + p.shift for p in parts), *(p.span.last + p.shift for p in parts)]),
         np.concatenate(following, axis=1),
         np.concatenate(candidates),
         np.concatenate([part.span.sums for part in parts]),
         np.concatenate(answers, axis=1),
-        _pairs([(at_row[i], part.index) for i, part in enumerate(parts) if part.span.continued]),
-        _pairs([(at_row[i + 1] - 1, part.index) for i, part in enumerate(parts) if part.span.open]),
+        _pairs([(at_row[i], part.request) for i, part in enumerate(parts) if part.span.continued]),
+        _pairs([(at_row[i + 1] - 1, part.request) for i, part in enumerate(parts) if part.span.open]),
     ]
 
 
