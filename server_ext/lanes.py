@@ -74,6 +74,11 @@ class Lanes:
         """Whether the cap holds: there is a foreground request, or was one a short while ago."""
         return self._cap is not None and (self._foreground > 0 or self._calming is not None)
 
+    @property
+    def most(self) -> int | None:
+        """The most tokens that a request of training had better have, so that it need not pass alone; None for any."""
+        return self._cap if self.busy else None
+
     @contextmanager
     def foreground(self) -> Iterator[None]:
         """A foreground request, from before it reaches vLLM to the end of its answer."""

@@ -412,5 +412,8 @@ class Registry:
 
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:
-            raise ValueError(f"{self._directory} holds adapters of another model, such as {row.name}")
+            raise ValueError(
+                f"{self._directory} holds adapters of another model, such as {row.name}: its digest is "
+                f"{row.model_digest}, not {self._engine.model.digest}; serve that one, or take another state directory"
+            )
         return Layout(select_sites(self._engine.sites, row.sites), row.rank)

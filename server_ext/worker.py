@@ -36,8 +36,6 @@ from zoact_remote.wire import Update
 
 POINT_PATH = "zoact-point:"
 CALIBRATION_PATH = "zoact-calibration:"
-SCORE_FROM = "zoact_score_from"
-"""A request's extra argument: the first scored token, see ``server_ext.gpu.scored_positions``."""
 
 
 def split_columns(dtype: torch.dtype) -> bool:
@@ -77,7 +75,7 @@ class ZoActWorker:
 
         # vLLM has no door for LoRA weights that are not files, so this instance's loader learns of two more sources.
         loras._load_adapter = load_adapter
-        sums = False
+        packing = None
         if self.device.type == "cpu":
             use_grouped_kernels(self.zoact_manager.punica_wrapper_mapping.values())
         elif gpu_kernels_wanted():
@@ -85,7 +83,7 @@ class ZoActWorker:
             from server_ext.gpu.attach import attach_scores, attach_slots
 
             self.zoact_slots = attach_slots(loras, self.model_runner.get_model(), self._zoact_parts)
-            sums = attach_scores(self.model_runner)
+            packing = attach_scores(self.model_runner)
         layers = [
             (name, layer.base_layer.input_size, out)
             for module, layer in self.zoact_manager.modules.items()
@@ -96,7 +94,7 @@ class ZoActWorker:
             {
                 "sites": [site.to_json() for site in self.zoact_sites],
                 "max_rank": loras.lora_config.max_lora_rank // (2 if split_columns(self.zoact_dtype) else 1),
-                "sums": sums,
+                "packing": packing,
             }
         )
 

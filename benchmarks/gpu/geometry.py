@@ -33,13 +33,14 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 def write(name: str, directory: Path) -> str:
     """Writes a geometry's config.json, for ``load_format="dummy"``, and returns the directory.
 
-    A tokenizer of three words lies beside it, since servers want one.
+    A tokenizer of three words lies beside it, and weights of no tensor, since servers want both.
     """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(COMMON | GEOMETRIES[name]))
+    (directory / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     words = {word: number for number, word in enumerate(("<unk>", "<s>", "</s>"))}
     Tokenizer(WordLevel(words, "<unk>")).save(str(directory / "tokenizer.json"))
     fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

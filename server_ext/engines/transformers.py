@@ -17,14 +17,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from server_ext.basis import Basis, RangeFinder, make_finders
-from server_ext.checkpoint import checkpoint_directory
+from server_ext.checkpoint import checkpoint_digest
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, text_before
 from server_ext.inputs import make_sites
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import AdapterStore, Point
 from zoact_remote.layout import Layout
-from zoact_remote.model_digest import model_digest
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 
@@ -62,7 +61,7 @@ class TransformersEngine:
         longest = int(self.network.config.max_position_embeddings)
         self.model = Model(
             name=model,
-            digest=model_digest(checkpoint_directory(model)),
+            digest=checkpoint_digest(model),
             dtype=dtype,
             vocabulary=int(self.network.config.vocab_size),
             max_tokens=min(max_tokens or longest, longest),

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import itertools
 import json
+import secrets
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from contextlib import AsyncExitStack
@@ -22,18 +23,18 @@ from vllm.outputs import RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
-from server_ext.checkpoint import checkpoint_directory
+from server_ext.checkpoint import checkpoint_digest
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.key_limit import KeyLimit
 from server_ext.lanes import Lanes, Turn
+from server_ext.packing import SCORED_ROWS, Pack, Packing
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
 from server_ext.together import together
 from server_ext.traffic import watch
-from server_ext.worker import CALIBRATION_PATH, SCORE_FROM, point_path
+from server_ext.worker import CALIBRATION_PATH, point_path
 from zoact_remote.layout import Layout, Site
-from zoact_remote.model_digest import model_digest
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 
@@ -60,15 +61,19 @@ class VllmEngine:
         self._encoder = copy.deepcopy(self._tokenizer)
         self.sites = tuple(Site(**site) for site in description["sites"])
         self.max_rank = int(description["max_rank"])
-        self._sums = bool(description["sums"])
+        self._packing = Packing(**description["packing"]) if description["packing"] else None
         self.model = Model(
             name=config.served_model_name or config.model,
-            digest=model_digest(checkpoint_directory(config.model)),
+            digest=checkpoint_digest(config.model, config.revision, client.vllm_config.load_config.download_dir),
             dtype=str(config.dtype).removeprefix("torch."),
             vocabulary=config.get_vocab_size(),
             max_tokens=config.max_model_len,
         )
         step: int = client.vllm_config.scheduler_config.max_num_batched_tokens
+        # As long as a request may be, with the one token that vLLM wants to add, and no longer than a step.
+        self._pack_tokens = min(self.model.max_tokens - 1, step)
+        # A pack is no text: nobody may find what it leaves in the prefix cache.
+        self._salt = secrets.token_hex(16)
         cache = client.vllm_config.cache_config
         # Half of the cache is for others: what waits for room in it is never given that of what runs.
         self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
@@ -164,36 +169,33 @@ class VllmEngine:
 
     async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         lora = self.lora_request(point)
-        return await together(*(self._score(lora, context) for context in contexts))
+        if self._packing is None:
+            return await together(*(self._score(lora, context) for context in contexts))
+        packs = self._packing.pack(contexts, min(self._pack_tokens, self.lanes.most or self._pack_tokens))
+        scores = await together(*(self._score_pack(lora, pack) for pack in packs))
+        return [score for of_pack in scores for score in of_pack]
 
     async def _score(self, lora: LoRARequest | None, context: Context) -> ContextScore:
         inner = context.tokens[context.start :]
-        parameters = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            logprob_token_ids=list(context.candidates),
-            **self._score_inner(context),
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            # These parameters are this request's alone; vLLM's deep copy of them costs as much as scheduling it.
-            skip_clone=True,
-        )
+        options = {"prompt_logprobs": 0} if inner else {}
+        parameters = _scoring(logprob_token_ids=list(context.candidates), **options)
         output: Any = await self._request(context.tokens, parameters, lora)
         # Lists by position of log-probabilities by token; vLLM leaves them out where none were asked for.
         after: Any = output.outputs[0].logprobs
-        before: Any = () if self._sums else output.prompt_logprobs
+        before: Any = output.prompt_logprobs
         return ContextScore(
-            tuple(before[i][token].logprob for i, token in enumerate(inner, context.start)) if before else (),
+            tuple(before[i][token].logprob for i, token in enumerate(inner, context.start)),
             tuple(after[0][token].logprob for token in context.candidates),
         )
 
-    def _score_inner(self, context: Context) -> dict[str, Any]:
-        """What asks for the tokens that are scored beside the candidates: one by one, or added to the candidates."""
-        if context.start == len(context.tokens):
-            return {}
-        if self._sums:
-            return {"extra_args": {SCORE_FROM: context.start}, "skip_reading_prefix_cache": True}
-        return {"prompt_logprobs": 0}
+    async def _score_pack(self, lora: LoRARequest | None, pack: Pack) -> list[ContextScore]:
+        answers = range(pack.answers)
+        parameters = _scoring(
+            logprob_token_ids=list(answers), extra_args={SCORED_ROWS: pack.rows}, skip_reading_prefix_cache=True
+        )
+        output: Any = await self._request(pack.tokens, parameters, lora, self._salt)
+        found: Any = output.outputs[0].logprobs
+        return pack.scores([found[0][answer].logprob for answer in answers])
 
     async def generate(
         self,
@@ -226,9 +228,16 @@ class VllmEngine:
     async def slots(self) -> Slots:
         return Slots(*await self._call("zoact_slot_use"))
 
-    async def _request(self, tokens: Tokens, parameters: SamplingParams, lora: LoRARequest | None) -> RequestOutput:
-        """The last output of a request that goes behind those that vLLM's own routes make."""
+    async def _request(
+        self, tokens: Sequence[int], parameters: SamplingParams, lora: LoRARequest | None, salt: str | None = None
+    ) -> RequestOutput:
+        """The last output of a request that goes behind those that vLLM's own routes make.
+
+        ``salt`` keeps what it leaves in the prefix cache to those that have the same.
+        """
         prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        if salt is not None:
+            prompt["cache_salt"] = salt
 
         async def ask(turn: Turn) -> RequestOutput:
             name = f"zoact-{next(self._next_request)}"
@@ -252,6 +261,19 @@ class VllmEngine:
     async def _call(self, method: str, *args: Any) -> Any:
         """Calls every worker and returns the first one's answer, which stands for all."""
         return (await self._client.collective_rpc(method, args=args))[0]
+
+
+def _scoring(**options: Any) -> SamplingParams:
+    """What asks for log-probabilities and no text."""
+    return SamplingParams(
+        max_tokens=1,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        # These parameters are one request's alone; vLLM's deep copy of them costs as much as scheduling it.
+        skip_clone=True,
+        **options,
+    )
 
 
 def _layout(layout: Layout) -> str:

@@ -1,4 +1,7 @@
-"""How points get into vLLM's slots on a GPU: its LoRA manager chooses the slot, our kernel fills it."""
+"""What takes its place in a worker of vLLM's on a GPU: how points get into slots, and how losses get out.
+
+vLLM's LoRA manager chooses a point's slot as ever, and our kernel fills it.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,12 @@ from vllm import envs
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
 
 from server_ext.gpu.activation import deferred, pairs
 from server_ext.gpu.lora import MAX_SLICES
-from server_ext.gpu.scored_positions import score_positions
+from server_ext.gpu.packed_attention import block_of, split_rows
+from server_ext.gpu.scored_rows import ScoredRows
 from server_ext.gpu.slots import SlotWriter
 from server_ext.gpu.wrapper import GroupedPunicaWrapper
 
@@ -90,10 +95,18 @@ def _fill_on_activation(manager: Any, release: Callable[[int], None]) -> None:
     manager.activate_adapter = activate_adapter
 
 
-def attach_scores(runner: Any) -> bool:
-    """Has continuations' log-likelihoods summed on the device, where vLLM runs its V2 model runner; says whether."""
+def attach_scores(runner: Any) -> dict[str, Any] | None:
+    """Has continuations' log-likelihoods summed on the device, where vLLM runs its V2 model runner.
+
+    Returns:
+        The fields of ``server_ext.packing.Packing``; None where vLLM's own log-probabilities have to do.
+
+    """
     worker = getattr(runner, "prompt_logprobs_worker", None)
     if worker is None or worker.logprobs_mode != "raw_logprobs":
-        return False
-    score_positions(runner)
-    return True
+        return None
+    block = block_of(runner)
+    rows = ScoredRows(runner, block or 1)
+    if block is not None:
+        split_rows(runner, rows.get)
+    return {"block": block or 1, "answers": MAX_LOGPROB_TOKEN_IDS, "many": block is not None}

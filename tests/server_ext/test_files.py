@@ -1,4 +1,4 @@
-"""What lies on disk beside the journal: bases, and the model."""
+"""What lies on disk beside the journal: bases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from server_ext import basis_files
-from server_ext.checkpoint import checkpoint_directory
 from zoact_remote.digest import basis_digest
 
 
@@ -41,7 +40,3 @@ def test_the_basis_digest_covers_names_shapes_and_values() -> None:
     nudged = plain | {"a.down_proj": np.nextafter(plain["a.down_proj"], np.float32(2))}
     assert len({basis_digest(b) for b in (plain, swapped, reshaped, nudged, {"a.q_proj": plain["a.q_proj"]})}) == 5
     assert basis_digest(dict(reversed(plain.items()))) == basis_digest(plain)
-
-
-def test_a_directory_is_its_own_checkpoint(tiny_model: Path) -> None:
-    assert checkpoint_directory(str(tiny_model)) == tiny_model

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from server_ext import openai_routes
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.gate import Gate
+from server_ext.packing import SCORED_ROWS
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter, TenantLimits, Update
 from server_ext.service import Service
 from server_ext.tenants import OPERATOR, Tenants, calling, key_digest
@@ -208,7 +209,7 @@ def test_requests_under_way_keep_their_version(house: House) -> None:
     assert list(house.models.lora_requests) == ["stock/lora"]
 
 
-@given(st.text().map("zoact_".__add__) | st.just("zoact_score_from"), JSON)
+@given(st.text().map("zoact_".__add__) | st.just(SCORED_ROWS), JSON)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_nobody_speaks_to_the_workers_in_the_engines_name(house: House, name: str, value: Any) -> None:
     for key in ("acme", OPERATOR_KEY):

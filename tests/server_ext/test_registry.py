@@ -411,7 +411,7 @@ def test_adapters_of_another_model_are_not_served(stage: Stage, engine: Transfor
     model = engine.model
     try:
         engine.model = replace(model, digest="sha256:another")
-        with pytest.raises(ValueError, match="adapters of another model"):
+        with pytest.raises(ValueError, match=f"adapters of another model, such as acme/a: .*{model.digest}.*:another"):
             Service(engine, stage.directory)
     finally:
         engine.model = model

@@ -152,11 +152,14 @@ def test_the_spread_that_fzoo_divides_by_is_the_length_of_the_gradient(true: Vec
 
 
 def test_what_a_basis_keeps_of_the_gradient() -> None:
-    # A layer y = (W + C V') x whose loss is linear in y: the gradient in W is G = q x', in C it is G V.
+    """The subspace error and the cosine that AGZO (arXiv 2601.17261, section 5) argues from."""
+    # A layer y = (W + C V') x whose loss is linear in y: the gradient in W is G = Q' X, in C it is G V.
     rng = np.random.default_rng(0)
-    outputs, inputs, rank, trials = 4, 12, 3, 2000
-    basis = np.linalg.qr(rng.normal(size=(inputs, rank)))[0]
-    full = rng.normal(size=(outputs, 2)) @ rng.normal(size=(2, inputs))
+    outputs, inputs, tokens, rank, trials = 4, 12, 7, 3, 2000
+    sensitivities, activations = rng.normal(size=(tokens, outputs)), rng.normal(size=(tokens, inputs))
+    _, strengths, directions = np.linalg.svd(activations, full_matrices=False)
+    basis = directions[:rank].T
+    full = sensitivities.T @ activations
     kept = full @ basis
 
     def loss(c: Vector) -> float:
@@ -168,11 +171,16 @@ def test_what_a_basis_keeps_of_the_gradient() -> None:
         estimate = gradient(TwoPoint(0.5), loss, at, [gaussian(size, seed)]).reshape(outputs, rank) @ basis.T
         estimates += estimate / trials
         cosines.append(float(np.sum(estimate * full) / (np.linalg.norm(estimate) * np.linalg.norm(full))))
-    # Estimates have the projected gradient for their mean, and lack what lies outside of the basis.
+    # Estimates have the projected gradient for their mean, and lack what lies outside of the basis, which is no more
+    # than the activations have outside of it.
     assert np.linalg.norm(estimates @ basis - kept) < 5.0 * math.sqrt((size + 1) / trials) * np.linalg.norm(kept)
-    lost = np.linalg.norm(full - kept @ basis.T) ** 2
+    lost = float(np.linalg.norm(full - kept @ basis.T) ** 2)
     assert lost == pytest.approx(np.linalg.norm(full) ** 2 - np.linalg.norm(kept) ** 2)
-    # One estimate lies along Z, uniform on the sphere of d = out rank dimensions: E|cos| of Z with a fixed direction is
-    # Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), and the fixed direction is the kept share of the gradient.
+    assert 0.0 < lost <= np.linalg.norm(sensitivities, 2) ** 2 * np.sum(strengths[rank:] ** 2)
+    assert lost <= np.linalg.norm(sensitivities) ** 2 * strengths[rank] ** 2
+    # One estimate lies along Z, uniform on the sphere of d = out rank dimensions, and the fixed direction is the kept
+    # share of the gradient: E|cos| of Z with a fixed direction is Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2)), E cos^2 1/d.
+    share = float(np.linalg.norm(kept) / np.linalg.norm(full))
     sphere = math.exp(math.lgamma(size / 2) - math.lgamma((size + 1) / 2)) / math.sqrt(math.pi)
-    assert_mean(cosines, float(sphere * np.linalg.norm(kept) / np.linalg.norm(full)))
+    assert_mean(cosines, sphere * share)
+    assert_mean([cosine**2 for cosine in cosines], share**2 / size)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -125,6 +126,8 @@ def test_ctrl_c_ends_the_live_view(server: Server, adapter: Adapter) -> None:
         stdout=inside,
         stderr=subprocess.PIPE,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "150", "LINES": "500"},
+        # Tests that run in a shell's background have been told to ignore it, and would pass that on.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     os.close(inside)
     try:
