@@ -16,10 +16,10 @@ class StockWorker:
     model_runner: Any
     device: torch.device
 
-    def stock_attach(self) -> None:
-        """Has every LoRA be random weights of the largest rank, on the device."""
+    def stock_attach(self, rank: int) -> None:
+        """Has every LoRA be random weights of a rank, on the device."""
         loras = self.model_runner.lora_manager
-        manager, rank = loras._adapter_manager, loras.lora_config.max_lora_rank
+        manager = loras._adapter_manager
 
         def load(request: LoRARequest) -> LoRAModel:
             layers = {}

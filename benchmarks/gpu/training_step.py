@@ -183,7 +183,7 @@ def hot_swap(
     import requests
     from safetensors.torch import save_file
 
-    shapes = linear_shapes(options.geometry)
+    shapes = geometry.linear_shapes(options.geometry)
     coefficients = {name: torch.zeros(out, options.rank, device=DEVICE) for name, (out, _) in shapes.items()}
     dtype = getattr(torch, DTYPE)
     basis = {
@@ -241,23 +241,6 @@ def hot_swap(
                         coefficients[name].add_(z, alpha=-RATE * (plus - minus) / (2 * EPSILON * pairs))
 
             yield {"pairs": pairs, "seconds": median(step, options.steps)}
-
-
-def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
-    """Output and input width of every linear layer of a geometry."""
-    shape = geometry.GEOMETRIES[name]
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layers = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
-    return {
-        f"model.layers.{block}.{layer}": widths
-        for block in range(shape["num_hidden_layers"])
-        for layer, widths in layers.items()
-    }
 
 
 def server_flags(options: argparse.Namespace) -> list[str]:

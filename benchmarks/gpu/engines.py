@@ -1,0 +1,179 @@
+"""The engines that benchmarks compare, each in a process of its own on the same device.
+
+``base``: vLLM without LoRA; ``stock``: its own LoRA, adapters of random weights resident in their slots; ``ours``: the
+extension, with its kernels where there is a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import geometry
+
+from zoact_remote.cli.vllm_command import CPU_ENVIRONMENT, lora_rank
+
+HERE = Path(__file__).parent
+KINDS = ("base", "stock", "ours")
+READS = ("none", "token", "completion", "prompt")
+"""What of a pass is read back, see ``Engine.requests``."""
+COMPLETION = 16
+CANDIDATES = [100, 200]
+EPSILON = 2.0**-7
+
+
+def apart(script: str, options: Sequence[str], *, ours: bool, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """Runs a script in a process of its own and returns the rows that it appends to the file behind ``--out``."""
+    import torch
+
+    variables = os.environ | {"VLLM_PLUGINS": "zoact" if ours else "none", "ZOACT_GPU_KERNELS": "1"} | environment
+    variables["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    if not torch.cuda.is_available():
+        variables = CPU_ENVIRONMENT | variables
+    with tempfile.NamedTemporaryFile() as result:
+        command = [sys.executable, script, *options, "--out", result.name]
+        if subprocess.run(command, env=variables, check=False).returncode:
+            print(f"failed: {' '.join(command)}", flush=True)
+        return [json.loads(line) for line in Path(result.name).read_text().splitlines()]
+
+
+def write_row(path: str, row: dict[str, Any]) -> None:
+    """Appends a row of figures to a file of JSON lines, and prints it."""
+    print(json.dumps(row), flush=True)
+    with open(path, "a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def device_name() -> str:
+    """The GPU's name, or CPU. It may take memory on the device."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def slot_rank(kind: str, rank: int) -> int:
+    """Columns of a slot for adapters of a rank: in 16 bits, ours takes twice as many."""
+    return lora_rank(rank, "bfloat16" if kind == "ours" else "float32")
+
+
+class Engine:
+    """A started engine.
+
+    Args:
+        kind: one of ``KINDS``.
+        directory: where to write the model's configuration.
+        geometry_name: of ``geometry.GEOMETRIES``; the weights are random.
+        weights: of ``geometry.WEIGHTS``.
+        rank: of the adapters.
+        slots: adapters and probes in a batch.
+        arguments: vLLM's, beside those that all benchmarks give it.
+
+    """
+
+    def __init__(
+        self, kind: str, directory: Path, geometry_name: str, weights: str, rank: int, slots: int, **arguments: Any
+    ) -> None:
+        import torch
+        import vllm
+
+        self.kind = kind
+        self._rank = rank
+        self._next = 1
+        given: dict[str, Any] = {
+            "load_format": "dummy", "dtype": "bfloat16", "skip_tokenizer_init": True, "enable_prefix_caching": False,
+            "max_num_batched_tokens": 16384, "max_num_seqs": 1024, "max_model_len": 4096,
+        }  # fmt: skip
+        if weights == "fp8":
+            given["quantization"] = "fp8"
+        elif weights == "int4" and torch.cuda.is_available():
+            # On Hopper vLLM would take another kernel.
+            given["linear_backend"] = "marlin"
+        if kind != "base":
+            worker = "server_ext.worker.ZoActWorker" if kind == "ours" else "stock_worker.StockWorker"
+            given |= {
+                "enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "worker_extension_cls": worker,
+                "max_lora_rank": slot_rank(kind, rank), "lora_target_modules": geometry.LINEAR,
+            }  # fmt: skip
+        model = geometry.write(geometry_name, directory, weights)
+        self.llm = vllm.LLM(model, **given, **arguments)
+        if kind == "stock":
+            self.llm.collective_rpc("stock_attach", args=(rank,))
+        elif kind == "ours":
+            self._attach()
+
+    def requests(self, sequences: int, tokens: int, probes: int, read: str) -> dict[str, Any]:
+        """Arguments of ``LLM.generate`` for one pass over random prompts, which the probes share evenly.
+
+        Stock vLLM is asked for the same adapters again, the extension for new probes every time.
+
+        Args:
+            sequences: how many.
+            tokens: of each.
+            probes: in flight; 0 for the base model.
+            read: ``none``; ``token``: log-probabilities of two candidates for the next token; ``completion``: of the
+                prompt's last 16 tokens; ``prompt``: of all its tokens. Stock vLLM reads all of the prompt's or none.
+
+        """
+        from vllm import SamplingParams
+
+        choose = random.Random(0)
+        prompts = [{"prompt_token_ids": choose.choices(range(10, 32000), k=tokens)} for _ in range(sequences)]
+        extra: dict[str, Any] = {}
+        if read != "none" and (read == "token" or self.kind == "ours"):
+            extra["logprob_token_ids"] = CANDIDATES
+        if read in ("completion", "prompt") and self.kind == "ours":
+            extra["skip_reading_prefix_cache"] = True
+            extra["extra_args"] = {"zoact_score_from": tokens - COMPLETION if read == "completion" else 1}
+        elif read == "prompt":
+            extra["prompt_logprobs"] = 0
+        adapters = self._adapters(probes)
+        return {
+            "prompts": prompts,
+            "sampling_params": SamplingParams(
+                max_tokens=1, temperature=0.0, detokenize=False, skip_clone=True, **extra
+            ),
+            "lora_request": [adapters[i * probes // sequences] for i in range(sequences)] if probes else None,
+            "use_tqdm": False,
+        }
+
+    def update(self, terms: int) -> None:
+        """Applies an update of as many terms, and keeps the version before it."""
+        from zoact_remote.wire import Update
+
+        update = Update(0, tuple((seed, 1e-4) for seed in range(terms)))
+        self.llm.collective_rpc("zoact_hold", args=("bench", 1, 0, json.dumps(update.to_json()), [0]))
+
+    def _attach(self) -> None:
+        """One adapter on all sites, at version 0."""
+        import torch
+        from safetensors.torch import save
+
+        from zoact_remote.layout import Layout, Site
+
+        description = json.loads(self.llm.collective_rpc("zoact_attach")[0])
+        sites = tuple(Site(**site) for site in description["sites"])
+        inputs = Layout(sites, self._rank).inputs
+        basis = {name: torch.linalg.qr(torch.randn(width, self._rank))[0] for name, width in inputs.items()}
+        names = json.dumps([[site.name for site in sites], self._rank])
+        content = save({name: vectors.contiguous() for name, vectors in basis.items()})
+        self.llm.collective_rpc("zoact_put", args=("bench", names, "rademacher", content))
+        self.llm.collective_rpc("zoact_hold", args=("bench", 0, None, None, []))
+
+    def _adapters(self, count: int) -> list[Any]:
+        from vllm.lora.request import LoRARequest
+
+        if self.kind != "ours":
+            return [LoRARequest(f"random-{i}", i, f"random-{i}") for i in range(1, count + 1)]
+        from server_ext.store import Point
+        from server_ext.worker import point_path
+
+        first, self._next = self._next, self._next + count
+        points = [Point("bench", 0, "sha256:0", i // 2, EPSILON * (-1) ** i) for i in range(first, first + count)]
+        return [LoRARequest(p.name, first + i, point_path(p)) for i, p in enumerate(points)]
