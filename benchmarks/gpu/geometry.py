@@ -22,6 +22,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False,
     },
+    "llama-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": True,
+    },
     "smollm2-135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
@@ -64,6 +68,18 @@ def write(name: str, directory: Path, weights: str = "bfloat16") -> str:
     fast = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(fast))
     return str(directory)
+
+
+def write_weights(directory: str, dtype: str) -> None:
+    """Puts random weights beside a geometry's config.json, the same ones every time: ``dummy`` differs by shard."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    new_network: Any = AutoModelForCausalLM.from_config
+    with torch.random.fork_rng():
+        torch.manual_seed(20260701)
+        network = new_network(AutoConfig.from_pretrained(directory), dtype=getattr(torch, dtype))
+    network.save_pretrained(directory)
 
 
 def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
