@@ -29,12 +29,21 @@ CANDIDATES = [100, 200]
 EPSILON = 2.0**-7
 
 
-def apart(script: str, options: Sequence[str], *, ours: bool, environment: dict[str, str]) -> list[dict[str, Any]]:
+def apart(
+    script: str, options: Sequence[str], *, ours: bool, environment: dict[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Runs a script in a process of its own and returns the rows that it appends to the file behind ``--out``."""
     import torch
 
-    variables = os.environ | {"VLLM_PLUGINS": "zoact" if ours else "none", "ZOACT_GPU_KERNELS": "1"} | environment
-    variables["PYTHONPATH"] = f"{HERE}:{os.environ.get('PYTHONPATH', '')}"
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+        "VLLM_PLUGINS": "zoact" if ours else "none",
+        "ZOACT_GPU_KERNELS": "1",
+        # Asking whether there is a GPU must not begin with CUDA, which does not outlive vLLM's fork.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        **(environment or {}),
+    }
     if not torch.cuda.is_available():
         variables = CPU_ENVIRONMENT | variables
     with tempfile.NamedTemporaryFile() as result:
