@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ KINDS = ("base", "stock", "ours")
 READS = ("none", "token", "completion", "prompt")
 """What of a pass is read back, see ``Engine.requests``."""
 COMPLETION = 16
-CANDIDATES = [100, 200]
+CANDIDATES = (100, 200)
+MOST_TOKENS = 4096
+"""Of a request."""
 EPSILON = 2.0**-7
 
 
@@ -95,9 +99,10 @@ class Engine:
         self.kind = kind
         self._rank = rank
         self._next = 1
+        self._packing: Any = None
         given: dict[str, Any] = {
             "load_format": "dummy", "dtype": "bfloat16", "skip_tokenizer_init": True, "enable_prefix_caching": False,
-            "max_num_batched_tokens": 16384, "max_num_seqs": 1024, "max_model_len": 4096,
+            "max_num_batched_tokens": 16384, "max_num_seqs": 1024, "max_model_len": MOST_TOKENS,
         }  # fmt: skip
         if weights == "fp8":
             given["quantization"] = "fp8"
@@ -120,37 +125,61 @@ class Engine:
     def requests(self, sequences: int, tokens: int, probes: int, read: str) -> dict[str, Any]:
         """Arguments of ``LLM.generate`` for one pass over random prompts, which the probes share evenly.
 
-        Stock vLLM is asked for the same adapters again, the extension for new probes every time.
+        Stock vLLM is asked for the same adapters again, the extension for new probes every time, with as many prompts
+        to a request as it packs.
 
         Args:
             sequences: how many.
             tokens: of each.
             probes: in flight; 0 for the base model.
             read: ``none``; ``token``: log-probabilities of two candidates for the next token; ``completion``: of the
-                prompt's last 16 tokens; ``prompt``: of all its tokens. Stock vLLM reads all of the prompt's or none.
+                prompt's last 16 tokens as well; ``prompt``: of all its tokens. vLLM reads all of the prompt's or none.
 
         """
         from vllm import SamplingParams
 
         choose = random.Random(0)
-        prompts = [{"prompt_token_ids": choose.choices(range(10, 32000), k=tokens)} for _ in range(sequences)]
-        extra: dict[str, Any] = {}
-        if read != "none" and (read == "token" or self.kind == "ours"):
-            extra["logprob_token_ids"] = CANDIDATES
-        if read in ("completion", "prompt") and self.kind == "ours":
-            extra["skip_reading_prefix_cache"] = True
-            extra["extra_args"] = {"zoact_score_from": tokens - COMPLETION if read == "completion" else 1}
-        elif read == "prompt":
-            extra["prompt_logprobs"] = 0
+        prompts: list[list[int]] = [choose.choices(range(10, 32000), k=tokens) for _ in range(sequences)]
         adapters = self._adapters(probes)
+        loras = [adapters[i * probes // sequences] if probes else None for i in range(sequences)]
+        asked: list[dict[str, Any]] = [{}] * sequences
+        if read != "none" and self._packing is not None:
+            start = {"token": tokens, "completion": tokens - COMPLETION, "prompt": 1}[read]
+            prompts, loras, asked = self._packs(prompts, loras, start)
+        elif read != "none":
+            asked = [{"logprob_token_ids": list(CANDIDATES)} | ({} if read == "token" else {"prompt_logprobs": 0})]
+            asked *= sequences
         return {
-            "prompts": prompts,
-            "sampling_params": SamplingParams(
-                max_tokens=1, temperature=0.0, detokenize=False, skip_clone=True, **extra
-            ),
-            "lora_request": [adapters[i * probes // sequences] for i in range(sequences)] if probes else None,
+            "prompts": [{"prompt_token_ids": prompt} for prompt in prompts],
+            "sampling_params": [
+                SamplingParams(max_tokens=1, temperature=0.0, detokenize=False, skip_clone=True, **more)
+                for more in asked
+            ],
+            "lora_request": loras if probes else None,
             "use_tqdm": False,
         }
+
+    def _packs(
+        self, prompts: list[list[int]], loras: list[Any], start: int
+    ) -> tuple[list[list[int]], list[Any], list[dict[str, Any]]]:
+        """Prompts, LoRAs and what is asked of the requests that hold prompts scored from some token on."""
+        from server_ext.packing import SCORED_ROWS
+        from server_ext.rows import Context
+
+        packs = [
+            (pack, lora)
+            for lora, group in groupby(zip(loras, prompts, strict=True), key=itemgetter(0))
+            for pack in self._packing.pack([Context(tuple(p), start, CANDIDATES) for _, p in group], MOST_TOKENS - 1)
+        ]
+        asked = [
+            {
+                "logprob_token_ids": list(range(pack.answers)),
+                "extra_args": {SCORED_ROWS: pack.rows},
+                "skip_reading_prefix_cache": True,
+            }
+            for pack, _ in packs
+        ]
+        return [pack.tokens for pack, _ in packs], [lora for _, lora in packs], asked
 
     def update(self, terms: int) -> None:
         """Applies an update of as many terms, and keeps the version before it."""
@@ -164,10 +193,12 @@ class Engine:
         import torch
         from safetensors.torch import save
 
+        from server_ext.packing import Packing
         from zoact_remote.layout import Layout, Site
 
         description = json.loads(self.llm.collective_rpc("zoact_attach")[0])
         sites = tuple(Site(**site) for site in description["sites"])
+        self._packing = Packing(**description["packing"]) if description["packing"] else None
         inputs = Layout(sites, self._rank).inputs
         basis = {name: torch.linalg.qr(torch.randn(width, self._rank))[0] for name, width in inputs.items()}
         names = json.dumps([[site.name for site in sites], self._rank])

@@ -136,7 +136,7 @@ def best(engine: Engine, options: argparse.Namespace, what: tuple[int, int, int,
         else:
             outputs = engine.llm.generate(**ask)
         seconds.append(time.perf_counter() - started)
-    assert len(outputs) == sequences
+    assert len(outputs) == len(ask["prompts"])
     return sequences * tokens / min(seconds[1 : REPEATS + (not options.profile)])
 
 
