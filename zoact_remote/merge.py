@@ -42,8 +42,8 @@ def merge(checkpoint: Path, halves: Halves, directory: Path) -> None:
         directory: where to write; made if it does not exist, and files of the same names in it are replaced.
 
     Raises:
-        InvalidValue: the checkpoint is damaged, lacks a layer's weight or has it in another shape or type, or a sum is
-            too large for its type.
+        InvalidValue: the checkpoint is damaged, lacks a layer's weight or has it quantised, in another shape or in
+            another type, or a sum is too large for its type.
 
     """
     if directory.exists() and directory.samefile(checkpoint):
@@ -88,18 +88,34 @@ def _weight_files(checkpoint: Path) -> list[str]:
 
 def _check(checkpoint: Path, shards: Mapping[str, TensorFile], halves: Halves) -> None:
     """Raises InvalidValue if a weight cannot be added to."""
+    method = _quantisation(checkpoint)
     weights = {name: entry for shard in shards.values() for name, entry in shard.entries.items()}
     for layer, (half_a, half_b) in halves.items():
         name, shape = f"{layer}.weight", (half_b.shape[0], half_a.shape[1])
         entry = weights.get(name)
-        if entry is None:
-            raise InvalidValue(f"{checkpoint}: {name}", "is not there")
-        if entry.shape != shape or entry.dtype not in FLOATS:
+        if entry is not None and entry.shape == shape and entry.dtype in FLOATS:
+            continue
+        if method is not None:
             raise InvalidValue(
                 f"{checkpoint}: {name}",
-                f"must be of the shape {list(shape)} and one of {', '.join(FLOATS)}, is {entry.dtype} "
-                f"{list(entry.shape)}",
+                f"is quantised ({method}), and a sum would have to be quantised anew: export without --merge, and "
+                "serve the export as a LoRA beside this checkpoint",
             )
+        if entry is None:
+            raise InvalidValue(f"{checkpoint}: {name}", "is not there")
+        raise InvalidValue(
+            f"{checkpoint}: {name}",
+            f"must be of the shape {list(shape)} and one of {', '.join(FLOATS)}, is {entry.dtype} {list(entry.shape)}",
+        )
+
+
+def _quantisation(checkpoint: Path) -> str | None:
+    """How a checkpoint is quantised, by its configuration; None where that does not say so."""
+    try:
+        about = json.loads((checkpoint / "config.json").read_bytes())["quantization_config"]
+        return str(about["quant_method"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _merge_file(path: str, shard: TensorFile, halves: Halves, out: IO[bytes]) -> None:

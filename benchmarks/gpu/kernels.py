@@ -2,8 +2,9 @@
 
     python benchmarks/gpu/kernels.py
 
-Llama-3-8B geometry. Slots: all layers of the model, for each rank and distribution. Layers: one of each kind on a batch
-of 16,384 tokens of 8 probes, 32 slots. Medians of Triton's ``do_bench``; the floor counts x once and y twice at 3 TB/s.
+Llama-3-8B geometry, for each rank. Slots: all layers of the model, for each distribution. Layers: one of each kind on a
+batch of 16,384 tokens of 8 probes, 32 slots. Medians of Triton's ``do_bench``; the floor counts x once and y twice at
+3 TB/s.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 import triton
+from engines import slot_rank
 from triton.testing import do_bench
 from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
@@ -34,19 +36,21 @@ LAYERS = {
     "down": (14336, (4096,)),
 }
 """Inputs and outputs of a block's layers."""
-BLOCKS, SLOTS, PROBES, TOKENS, RANK = 32, 32, 8, 16384, 16
+RANKS = (4, 16, 64)
+BLOCKS, SLOTS, PROBES, TOKENS = 32, 32, 8, 16384
 BYTES_A_MS = 3e9
 
 
 def main() -> None:
     print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, Triton {triton.__version__}\n")
     print("| rank | noise | slot, ms | slot and basis, ms | 32 slots, wall, ms |\n| --- | --- | --- | --- | --- |")
-    for rank in (4, 16, 64):
+    for rank in RANKS:
         for distribution in DISTRIBUTIONS:
             fill(rank, distribution)
-    print("\n| layer | floor, ms | stock shrink + expand | ours |\n| --- | --- | --- | --- |")
-    for name, (inputs, outputs) in LAYERS.items():
-        term(name, inputs, outputs)
+    print("\n| rank | layer | floor, ms | stock shrink + expand | ours |\n| --- | --- | --- | --- | --- |")
+    for rank in RANKS:
+        for name, (inputs, outputs) in LAYERS.items():
+            term(rank, name, inputs, outputs)
 
 
 def timed(call: Any) -> float:
@@ -60,7 +64,7 @@ def fill(rank: int, distribution: Distribution) -> None:
     for block in range(BLOCKS):
         for name, (inputs, outputs) in LAYERS.items():
             module = f"{block}.{name}"
-            modules[module] = lora_layer(inputs, outputs, slots=2, rank=2 * rank)
+            modules[module] = lora_layer(inputs, outputs, slots=2, rank=slot_rank("ours", rank))
             parts[module] = [f"{module}.{i}" for i in range(len(outputs))]
             for part, width in zip(parts[module], outputs, strict=True):
                 sites.append(Site(len(sites), part, module, inputs, width))
@@ -87,25 +91,25 @@ def fill(rank: int, distribution: Distribution) -> None:
     print(f"| {rank} | {distribution} | {alone:.3f} | {with_basis:.3f} | {wall:.1f} |", flush=True)
 
 
-def term(name: str, inputs: int, outputs: tuple[int, ...]) -> None:
+def term(rank: int, name: str, inputs: int, outputs: tuple[int, ...]) -> None:
     x, y = (torch.randn(TOKENS, width, device=DEVICE, dtype=DTYPE) for width in (inputs, sum(outputs)))
-    stock_layer = lora_layer(inputs, outputs, SLOTS, RANK)
+    stock_layer = lora_layer(inputs, outputs, SLOTS, slot_rank("stock", rank))
     meta = LoRAKernelMeta.make(SLOTS, TOKENS, device=DEVICE)
     meta.prepare_tensors(torch.repeat_interleave(torch.arange(PROBES, device=DEVICE), TOKENS // PROBES))
     batch = meta.meta_args(TOKENS, False)
-    buffer = torch.empty(len(outputs), TOKENS, RANK, device=DEVICE)
+    buffer = torch.empty(len(outputs), TOKENS, slot_rank("stock", rank), device=DEVICE)
     stock = (
         timed(lambda: lora_shrink(x, list(stock_layer.lora_a_stacked), buffer, *batch, 1.0)),
         timed(
             lambda: lora_expand(buffer, list(stock_layer.lora_b_stacked), y, *batch, offset_start=0, add_inputs=True)
         ),
     )
-    layer = lora_layer(inputs, outputs, SLOTS, 2 * RANK)
+    layer = lora_layer(inputs, outputs, SLOTS, slot_rank("ours", rank))
     lora_a, lora_b = layer.lora_a_stacked, layer.lora_b_stacked
     order, tiles = tiles_of(np.repeat(np.arange(PROBES, dtype=np.int32), TOKENS // PROBES), SLOTS)
     table = torch.full((most_tiles(TOKENS, SLOTS), 3), -1, dtype=torch.int32)
     table[: len(tiles)] = torch.from_numpy(tiles)
-    ranks = torch.full((SLOTS,), RANK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((SLOTS,), rank, dtype=torch.int32, device=DEVICE)
     where = table.to(DEVICE), torch.from_numpy(order).to(DEVICE), ranks
     reduced = lora.shrink(x, lora_a, *where)
     first = timed(lambda: lora.shrink(x, lora_a, *where))
@@ -118,7 +122,7 @@ def term(name: str, inputs: int, outputs: tuple[int, ...]) -> None:
         note = f"; in the activation {fused:.3f}, which alone takes {plain:.3f}"
     floor = TOKENS * 2 * inputs / BYTES_A_MS, TOKENS * 4 * sum(outputs) / BYTES_A_MS
     cells = (f"{a:.3f} + {b:.3f}" for a, b in (floor, stock, (first, second)))
-    print(f"| {name} | " + " | ".join(cells) + f"{note} |", flush=True)
+    print(f"| {rank} | {name} | " + " | ".join(cells) + f"{note} |", flush=True)
 
 
 def lora_layer(inputs: int, outputs: tuple[int, ...], slots: int, rank: int) -> Any:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -24,8 +22,8 @@ from typing import Any
 import geometry
 import numpy as np
 import torch
+from engines import apart
 
-HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 KINDS = ("naive", "split", "ours") if ON_GPU else ("naive", "split")
@@ -39,6 +37,7 @@ TERMS = tuple((1_000_000 + i, 0.001 * (-1) ** i) for i in range(100))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--probes", type=int, default=50)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument(
@@ -58,40 +57,37 @@ def main() -> None:
         (scratch / "rows.json").write_text(json.dumps(rows))
         bases = reference.bases(rows)
         torch.save(bases, scratch / "bases.pt")
-        for kind in KINDS:
-            environment = os.environ | {"VLLM_PLUGINS": "zoact" if kind == "ours" else "none", "ZOACT_GPU_KERNELS": "1"}
-            environment["PYTHONPATH"] = f"{HERE}:{environment.get('PYTHONPATH', '')}"
-            command = [sys.executable, __file__, *sys.argv[1:], "--kind", kind, "--scratch", directory]
-            subprocess.run(command, env=environment, check=True)
+        for kind in options.kinds:
+            apart(__file__, [*sys.argv[1:], "--kind", kind, "--scratch", directory], ours=kind == "ours")
         sites = json.loads((scratch / "sites.json").read_text())
         derivatives, loss = reference.derivatives(rows, bases, sites, options.probes)
-        found = {kind: np.load(scratch / f"{kind}.npz") for kind in KINDS}
+        found = {kind: np.load(scratch / f"{kind}.npz") for kind in options.kinds}
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     print(f"\n{device}, {Path(options.model).name}, bfloat16, rank {RANK}, {options.rows} rows, ", end="")
     print(f"{options.probes} probes; rms of the derivatives {rms(derivatives):.4f}")
     print(
         f"\nLoss at the coefficients: {loss:.6f} in float64, "
-        + ", ".join(f"{float(found[k]['loss']):.6f} {k}" for k in KINDS)
+        + ", ".join(f"{float(found[k]['loss']):.6f} {k}" for k in options.kinds)
     )
     print(
         "\n| epsilon | "
-        + " | ".join(f"{k}, rms" for k in KINDS)
+        + " | ".join(f"{k}, rms" for k in options.kinds)
         + " | "
-        + " | ".join(f"{k}, median" for k in KINDS)
+        + " | ".join(f"{k}, median" for k in options.kinds)
         + " |"
     )
-    print("| --- " * (1 + 2 * len(KINDS)) + "|")
+    print("| --- " * (1 + 2 * len(options.kinds)) + "|")
     for i, exponent in enumerate(options.exponents):
-        errors = {kind: found[kind]["estimates"][i] - derivatives for kind in KINDS}
-        cells = [f"{rms(errors[kind]) / rms(derivatives):.4f}" for kind in KINDS]
-        cells += [f"{np.median(np.abs(errors[kind] / derivatives)):.4f}" for kind in KINDS]
+        errors = {kind: found[kind]["estimates"][i] - derivatives for kind in options.kinds}
+        cells = [f"{rms(errors[kind]) / rms(derivatives):.4f}" for kind in options.kinds]
+        cells += [f"{np.median(np.abs(errors[kind] / derivatives)):.4f}" for kind in options.kinds]
         print(f"| 2^{exponent} | " + " | ".join(cells) + " |")
     if options.out:
         np.savez(
             options.out,
             derivatives=derivatives,
             exponents=options.exponents,
-            **{k: found[k]["estimates"] for k in KINDS},
+            **{k: found[k]["estimates"] for k in options.kinds},
         )
 
 

@@ -14,20 +14,27 @@ class StockWorker:
     """Mixed into vLLM's worker."""
 
     model_runner: Any
-    device: torch.device
 
-    def stock_attach(self) -> None:
-        """Has every LoRA be random weights of the largest rank, on the device."""
+    def stock_attach(self, rank: int) -> None:
+        """Has every LoRA be the same random weights of a rank, in the host's memory, as vLLM keeps those it loads."""
         loras = self.model_runner.lora_manager
-        manager, rank = loras._adapter_manager, loras.lora_config.max_lora_rank
+        manager, pinned = loras._adapter_manager, torch.cuda.is_available()
+
+        def matrix(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+            found = torch.randn(rows, columns, dtype=like.dtype, pin_memory=pinned)
+            return found.mul_(1e-2)
+
+        weights = {
+            name: (matrix(rank, a.shape[3], a), matrix(b.shape[2], rank, b))
+            for module, layer in manager.modules.items()
+            for name, a, b in zip(
+                manager.packed_modules.get(module, [module]), layer.lora_a_stacked, layer.lora_b_stacked, strict=True
+            )
+        }
 
         def load(request: LoRARequest) -> LoRAModel:
-            layers = {}
-            for module, layer in manager.modules.items():
-                for name, b in zip(manager.packed_modules.get(module, [module]), layer.lora_b_stacked, strict=True):
-                    lora_a = torch.randn(rank, layer.lora_a_stacked[0].shape[3], device=self.device, dtype=b.dtype)
-                    lora_b = torch.randn(b.shape[2], rank, device=self.device, dtype=b.dtype) * 1e-3
-                    layers[name] = LoRALayerWeights(name, rank, rank, lora_a, lora_b)
+            # Layers of their own, since vLLM packs them, of tensors in common, since it copies these into slots.
+            layers = {name: LoRALayerWeights(name, rank, rank, a, b) for name, (a, b) in weights.items()}
             return LoRAModel(request.lora_int_id, rank, layers)
 
         loras._load_adapter = load

@@ -33,10 +33,8 @@ from typing import Any, Literal
 
 import geometry
 import torch
+from engines import apart, slot_rank, write_row
 
-from zoact_remote.cli.vllm_command import CPU_ENVIRONMENT
-
-HERE = Path(__file__).parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16" if ON_GPU else "float32"
@@ -66,13 +64,7 @@ def main() -> None:
         return
     found: list[dict[str, Any]] = []
     for method in options.methods:
-        environment = os.environ | {"PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}"}
-        if not ON_GPU:
-            environment = CPU_ENVIRONMENT | environment
-        with tempfile.NamedTemporaryFile() as result:
-            command = [sys.executable, __file__, *sys.argv[1:], "--method", method, "--out", result.name]
-            subprocess.run(command, env=environment, check=False)
-            found += [json.loads(line) for line in Path(result.name).read_text().splitlines()]
+        found += apart(__file__, [*sys.argv[1:], "--method", method], ours=method == "ours")
     if options.out:
         with open(options.out, "a") as out:
             out.writelines(json.dumps(row) + "\n" for row in found)
@@ -104,10 +96,7 @@ def measure(options: argparse.Namespace) -> None:
             "mezo": mezo, "in-place": in_place, "hot-swap": hot_swap, "ours": ours,
         }  # fmt: skip
         for row in methods[options.method](options, model, prompts, directory):
-            row = {"method": options.method, **row}
-            print(json.dumps(row), flush=True)
-            with open(options.out, "a") as out:
-                out.write(json.dumps(row) + "\n")
+            write_row(options.out, {"method": options.method, **row})
 
 
 def median(step: Callable[[int], None], steps: int) -> float:
@@ -183,7 +172,7 @@ def hot_swap(
     import requests
     from safetensors.torch import save_file
 
-    shapes = linear_shapes(options.geometry)
+    shapes = geometry.linear_shapes(options.geometry)
     coefficients = {name: torch.zeros(out, options.rank, device=DEVICE) for name, (out, _) in shapes.items()}
     dtype = getattr(torch, DTYPE)
     basis = {
@@ -221,7 +210,7 @@ def hot_swap(
         return -statistics.fmean(choice["logprobs"]["token_logprobs"][0] for choice in answer["choices"])
 
     most = 2 * max(options.pairs)
-    flags = ["--enable-lora", "--max-loras", str(most), "--max-lora-rank", str(options.rank)]
+    flags = ["--enable-lora", "--max-loras", str(most), "--max-lora-rank", str(slot_rank("stock", options.rank))]
     flags += ["--lora-target-modules", *geometry.LINEAR]
     with stock_server(options, model, directory, flags) as url, ThreadPoolExecutor(most) as threads:
 
@@ -241,23 +230,6 @@ def hot_swap(
                         coefficients[name].add_(z, alpha=-RATE * (plus - minus) / (2 * EPSILON * pairs))
 
             yield {"pairs": pairs, "seconds": median(step, options.steps)}
-
-
-def linear_shapes(name: str) -> dict[str, tuple[int, int]]:
-    """Output and input width of every linear layer of a geometry."""
-    shape = geometry.GEOMETRIES[name]
-    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    keys = hidden // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layers = {
-        "self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden), "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }  # fmt: skip
-    return {
-        f"model.layers.{block}.{layer}": widths
-        for block in range(shape["num_hidden_layers"])
-        for layer, widths in layers.items()
-    }
 
 
 def server_flags(options: argparse.Namespace) -> list[str]:
@@ -301,8 +273,7 @@ def ours(
     from zoact_remote import Client
     from zoact_remote.cli.local_server import serving
 
-    os.environ.setdefault("ZOACT_GPU_KERNELS", "1")
-    slots = 2 * max(*options.pairs, *options.tenants)
+    slots = 2 * max([*options.pairs, *options.tenants])
     arguments = [model, "--dtype", DTYPE, "--max-rank", str(options.rank), "--slots", str(slots)]
     arguments += ["--state", str(directory / "state"), "--", *server_flags(options)]
     rows = [{"prompt": prompt, "completion": [SCORED]} for prompt in prompts]
@@ -326,8 +297,9 @@ def train(client: Any, options: argparse.Namespace, rows: list[Any], pairs: int,
         adapter = client.create_adapter(f"tenant-{tenant}/adapter", rank=options.rank, basis=Basis("random"))
         adapter.calibrate()
         adapters.append(adapter)
+    steps = WARM_UP + options.steps
     trainers = [
-        Trainer(adapter, TwoPoint(EPSILON, pairs), Adam(), RATE, rows, steps=WARM_UP + options.steps)
+        Trainer(adapter, TwoPoint(EPSILON, pairs), Adam(), RATE, rows, steps=steps, batch_size=len(rows))
         for adapter in adapters
     ]
     seconds = []

@@ -118,6 +118,15 @@ class Reference:
                 kinds["scored"].append(inputs[len(prompt) - 1 :])
         return {kind: np.concatenate(parts) for kind, parts in kinds.items()}
 
+    def covariance(
+        self, rows: Sequence[Mapping[str, Any]], layer: str, kinds: Sequence[str], centred: bool = False
+    ) -> NDArray[np.float64]:
+        """Second moments ``[in, in]`` of a layer's inputs, each kind of position counting alike; their trace is 1."""
+        found = self.activations(rows, layer)
+        inputs = [found[kind] - found[kind].mean(0) if centred else found[kind] for kind in kinds]
+        moments = [x.T @ x / np.square(x).sum() for x in inputs]
+        return np.asarray(np.mean(moments, axis=0))
+
     @contextmanager
     def _with(self, lora: Lora | None) -> Iterator[None]:
         def add(a: torch.Tensor, b: torch.Tensor, _: Any, args: Any, output: Any) -> Any:

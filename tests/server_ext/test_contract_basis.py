@@ -36,13 +36,7 @@ def test_a_basis_spans_what_the_activations_do(
         if site.name != site.input:
             np.testing.assert_array_equal(vectors, lora.a[site.input].T)
             continue
-        activations = reference.activations(ROWS, site.name)
-        covariance = np.zeros((site.in_features, site.in_features))
-        for kind in kinds:
-            x = activations[kind]
-            x = x - x.mean(0) if spec.centred else x
-            covariance += x.T @ x / np.square(x).sum()
-        covariance /= len(kinds)
+        covariance = reference.covariance(ROWS, site.name, kinds, spec.centred)
         optimum = np.linalg.eigvalsh(covariance)[-3:].sum()
         kept = np.trace(vectors.T @ covariance @ vectors)
         assert kept >= optimum * (0.99 if spec.passes == 2 else 0.9)

@@ -105,6 +105,18 @@ def _quantised(checkpoint: Path) -> None:
     save_file(load_file(shard) | {"a.o_proj.weight": torch.zeros(8, 40, dtype=torch.int8)}, shard)
 
 
+def _as_gptq(checkpoint: Path) -> None:
+    """Without the weight that there would be in floating point."""
+    _without_a_layer(checkpoint)
+    (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+
+
+def _as_fp8(checkpoint: Path) -> None:
+    shard = checkpoint / "model-00001-of-00002.safetensors"
+    save_file(load_file(shard) | {"a.o_proj.weight": torch.zeros(8, 40, dtype=torch.float8_e4m3fn)}, shard)
+    (checkpoint / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+
+
 def _too_large(checkpoint: Path) -> None:
     shard = checkpoint / "model-00001-of-00002.safetensors"
     save_file(load_file(shard) | {"a.o_proj.weight": torch.full((8, 40), 65504.0, dtype=torch.float16)}, shard)
@@ -134,6 +146,8 @@ def _no_weights(checkpoint: Path) -> None:
         (_without_a_layer, r"a\.o_proj\.weight: is not there"),
         (_of_another_shape, r"a\.o_proj\.weight: must be of the shape \[8, 40\].*is F32 \[8, 41\]"),
         (_quantised, r"a\.o_proj\.weight: must be .* is I8"),
+        (_as_gptq, r"a\.o_proj\.weight: is quantised \(gptq\).*export without --merge"),
+        (_as_fp8, r"a\.o_proj\.weight: is quantised \(fp8\).*serve the export as a LoRA"),
         (_too_large, r"a\.o_proj\.weight: holds numbers that are not finite in float16"),
         (_cut_off, r"model-00002-of-00002\.safetensors: b\.q_proj\.weight"),
         (_leading_elsewhere, r"'\.\./x\.safetensors', which is no safetensors file beside it"),
