@@ -13,18 +13,18 @@ from server_ext.engines.base import Engine
 from server_ext.gate import Gate
 from server_ext.routes import health, metrics, router
 from server_ext.service import Service
-from server_ext.tenants import open_tenants
+from server_ext.tenants import Tenants
 
 
-def create_app(engine: Engine, directory: Path) -> FastAPI:
+def create_app(engine: Engine, directory: Path, tenants: Tenants) -> FastAPI:
     """A FastAPI app that serves ``/zoact/v1``, ``/health`` and ``/metrics``, with its state in a directory.
 
-    Keys are those that the environment names (:func:`server_ext.tenants.open_tenants`).
+    The tenants are closed when the app ends.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gate = Gate(Service(engine, directory), open_tenants(directory))
+        gate = Gate(Service(engine, directory), tenants)
         app.state.zoact = gate
         gate.begin()
         yield
@@ -42,8 +42,11 @@ def create_app(engine: Engine, directory: Path) -> FastAPI:
     return app
 
 
-def serve(model: str, host: str, port: int, directory: Path, dtype: str) -> None:
-    """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end."""
+def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants: Tenants) -> None:
+    """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end.
+
+    ``server_ext.tenants.open_tenants`` says who may come in from where the host is reached.
+    """
     # Imported here, as making an app needs neither.
     import torch
     import uvicorn
@@ -54,4 +57,4 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str) -> None
     print(f"loading {model} on {device}", file=sys.stderr, flush=True)
     engine = TransformersEngine(model, dtype=dtype, device=device)
     # The server's own log has a line a call.
-    uvicorn.run(create_app(engine, directory), host=host, port=port, access_log=False)
+    uvicorn.run(create_app(engine, directory, tenants), host=host, port=port, access_log=False)

@@ -25,7 +25,7 @@ from server_ext.logs import log
 from server_ext.metrics import NOBODY, OPERATOR
 from server_ext.rate import RateLimit
 from server_ext.service import Service
-from server_ext.tenants import Caller, Tenants
+from server_ext.tenants import Caller, Tenants, calling
 
 REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
@@ -109,9 +109,11 @@ class Gate:
         who = label_of(caller)
         self._calls[who] += 1
         self._idle.clear()
+        whose = calling.set(caller.tenant)
         try:
             yield
         finally:
+            calling.reset(whose)
             self._calls[who] -= 1
             if not any(self._calls.values()):
                 self._idle.set()

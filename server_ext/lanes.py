@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from server_ext.together import end
+
 T = TypeVar("T")
 
 FOREGROUND, BACKGROUND = 0, 1
@@ -110,7 +112,7 @@ class Lanes:
             try:
                 await asyncio.wait([turn.task])
             finally:
-                turn.task.cancel()
+                await end([turn.task])
             return await ask(turn) if turn.hurried and turn.task.cancelled() else turn.task.result()
         finally:
             if turn.admitted.is_set():

@@ -61,6 +61,8 @@ METRICS = "/metrics"
 PRIORITY_HEADER = "x-vllm-priority"
 STORED = ("background", "previous_response_id")
 """Members of a request to ``/v1/responses`` that speak of other responses."""
+WORKERS_OWN = "zoact_"
+"""Extra arguments of such names are what the engine tells its own workers."""
 
 
 @dataclass(frozen=True)
@@ -173,16 +175,14 @@ class OpenAIRoutes:
                 raise ApiError(403, "operator_only", f"{path} is for the operator's key")
             if path.startswith(METRICS):
                 await self._gate.measure()
-            if scope.get("method") != "GET":
-                stack.enter_context(self._engine.lanes.foreground())
             return self._inner, receive
         stack.enter_context(self._gate.call(caller))
         if listing:
             one = path.removeprefix(MODELS).removeprefix("/")
             return JSONResponse(await (self._card(caller, one) if one else self._list(caller))), receive
-        stack.enter_context(self._engine.lanes.foreground())
         body = await limited(Request(scope, receive), caller.limits.max_request_bytes).body()
         content = _json_object(body)
+        _check_extra_arguments(content.get("vllm_xargs"))
         if caller.tenant is not None:
             _check_priority(content.get("priority"), "priority")
             _check_priority(Headers(scope=scope).get(PRIORITY_HEADER), PRIORITY_HEADER)
@@ -301,6 +301,13 @@ def _json_object(body: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _check_extra_arguments(arguments: Any) -> None:
+    """Raises ApiError for one that a worker would take for the engine's. What is no object, vLLM refuses."""
+    for name in arguments if isinstance(arguments, dict) else ():
+        if name.startswith(WORKERS_OWN):
+            raise invalid(f"vllm_xargs.{name}", f"names that begin with {WORKERS_OWN} are the server's own")
 
 
 def _check_priority(value: Any, param: str) -> None:

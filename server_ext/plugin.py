@@ -38,6 +38,7 @@ STATE_VARIABLE = "ZOACT_STATE"
 DEFAULT_STATE = "zoact-state"
 SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
 DEFAULT_SHARE = 1 / 16
+LOOPBACK = "127.0.0.1"
 
 
 class ZoActPlugin:
@@ -56,8 +57,8 @@ class ZoActPlugin:
         """Attaches to the engine and begins to bring every adapter back; calls are refused until that is done.
 
         Raises:
-            ValueError: vLLM was started without a setting that is needed, the state is another model's or in use, or
-                the keys file cannot be read; the message says which.
+            ValueError: vLLM was started without a setting that is needed, the state is another model's or in use, the
+                keys file cannot be read, or there are no keys and vLLM listens beyond loopback; the message says which.
 
         """
         # Imported here: the module needs vLLM, and this one must load without.
@@ -66,11 +67,12 @@ class ZoActPlugin:
         share = training_share(os.environ)
         check_settings(engine_client.vllm_config, args, share)
         directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
-        engine = await VllmEngine.attach(engine_client, share)
         keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
+        tenants = open_tenants(directory, LOOPBACK if args.uds else args.host, keys)
+        engine = await VllmEngine.attach(engine_client, share)
         # vLLM's /metrics shows what this registry holds, in multiprocess mode too.
         service = Service(engine, directory, metrics=Metrics(prometheus_client.REGISTRY))
-        gate = Gate(service, open_tenants(directory, keys))
+        gate = Gate(service, tenants)
         state.zoact = gate
         openai_routes.install(self._app, gate, engine, state.openai_serving_models, keys[0] if keys else None)
         gate.begin()

@@ -292,18 +292,26 @@ class Registry:
 
     @asynccontextmanager
     async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
-        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
-        with ExitStack() as stack:
-            if version == adapter.version:
-                stack.enter_context(adapter.pinned(version))
-            else:
-                async with adapter.lock:
+        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile.
+
+        Raises:
+            ApiError: the adapter has been deleted (404).
+
+        """
+        try:
+            with ExitStack() as stack:
+                if version == adapter.version:
                     self._check_there(adapter)
-                    await self._hold(adapter, version)
                     stack.enter_context(adapter.pinned(version))
-            yield adapter.point(version)
-        if adapter.deleted:
-            await self._drop_if_unused(adapter)
+                else:
+                    async with adapter.lock:
+                        self._check_there(adapter)
+                        await self._hold(adapter, version)
+                        stack.enter_context(adapter.pinned(version))
+                yield adapter.point(version)
+        finally:
+            if adapter.deleted:
+                await self._drop_if_unused(adapter)
 
     async def _load(self, adapter: Adapter) -> None:
         """Brings an adapter into the engine, at its newest version."""

@@ -12,6 +12,7 @@ from server_ext.errors import ApiError
 from server_ext.gate import Gate, PlainRoute, ZoActRoute
 from server_ext.service import Service
 from server_ext.tenants import Caller
+from server_ext.together import Gone
 
 PREFIX = "/zoact/v1"
 
@@ -43,9 +44,19 @@ async def _operator(caller: Annotated[Caller, Depends(_caller)]) -> None:
         raise ApiError(403, "operator_only", "tenants are managed with the operator's key")
 
 
+async def _gone(request: Request) -> Gone:
+    async def gone() -> None:
+        # The body has been read: nothing else comes behind it.
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    return gone
+
+
 Who = Annotated[Caller, Depends(_caller)]
 Zo = Annotated[Service, Depends(_service)]
 Entrance = Annotated[Gate, Depends(_gate)]
+Leaving = Annotated[Gone, Depends(_gone)]
 Name = Annotated[str, Depends(_adapter_name)]
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorBody} for code in (400, 401, 403, 404, 409, 412, 413, 429, 503)
@@ -96,21 +107,21 @@ async def take_basis(service: Zo, caller: Who, name: Name, ask: schemas.Calibrat
 
 
 @router.post(ADAPTER + "/losses")
-async def ask_losses(service: Zo, caller: Who, name: Name, ask: schemas.AskLosses) -> schemas.Losses:
+async def ask_losses(service: Zo, caller: Who, gone: Leaving, name: Name, ask: schemas.AskLosses) -> schemas.Losses:
     """Losses of a batch under probes. May carry an update to apply first."""
-    return await service.losses(caller, name, ask)
+    return await service.losses(caller, name, ask, gone)
 
 
 @router.post(ADAPTER + "/scores")
-async def ask_scores(service: Zo, caller: Who, name: Name, ask: schemas.AskScores) -> schemas.Scores:
+async def ask_scores(service: Zo, caller: Who, gone: Leaving, name: Name, ask: schemas.AskScores) -> schemas.Scores:
     """Log-likelihoods of every row's completion, or of its choices."""
-    return await service.scores(caller, name, ask)
+    return await service.scores(caller, name, ask, gone)
 
 
 @router.post(ADAPTER + "/generate")
-async def generate(service: Zo, name: Name, ask: schemas.AskGeneration) -> schemas.Generation:
+async def generate(service: Zo, gone: Leaving, name: Name, ask: schemas.AskGeneration) -> schemas.Generation:
     """Continues a prompt or a conversation."""
-    return await service.generate(name, ask)
+    return await service.generate(name, ask, gone)
 
 
 @router.post(ADAPTER + "/updates")

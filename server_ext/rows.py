@@ -9,7 +9,7 @@ and no read-back of the prompt's logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from server_ext.errors import invalid
@@ -116,8 +116,8 @@ def chat_text(messages: Sequence[ChatMessage], opened: bool, param: str, render:
 
 def tokenise_rows(
     rows: Sequence[Row], encode: Encode, render: RenderChat, vocabulary: int, max_tokens: int
-) -> list[TokenRow]:
-    """Rows as token ids.
+) -> Iterator[TokenRow]:
+    """Rows as token ids, each when it is asked for.
 
     Args:
         rows: rows whose prompts and continuations are text or token ids, or conversations.
@@ -131,7 +131,6 @@ def tokenise_rows(
             conversation that the model's chat template cannot write.
 
     """
-    result = []
     for i, row in enumerate(rows):
         (param, start), *rest = _texts(row, f"rows[{i}]", render)
         # A chat template writes the special tokens itself.
@@ -144,8 +143,7 @@ def tokenise_rows(
                 f"prompt ({len(prompt)} tokens) and continuation ({longest}) exceed the limit of {max_tokens} tokens",
                 "context_length_exceeded",
             )
-        result.append(TokenRow(prompt, continuations, row.answer if isinstance(row, ChoicesRow) else None))
-    return result
+        yield TokenRow(prompt, continuations, row.answer if isinstance(row, ChoicesRow) else None)
 
 
 def _texts(row: Row, place: str, render: RenderChat) -> list[tuple[str, str | list[int]]]:

@@ -10,7 +10,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
-from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from structlog.contextvars import bind_contextvars
 from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
-from server_ext.engines.base import CalibrationRow, Engine
+from server_ext.engines.base import CalibrationRow, Engine, GeneratedText
 from server_ext.errors import ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
@@ -27,32 +26,23 @@ from server_ext.importing import read_lora
 from server_ext.journal import AdapterRow, Entry
 from server_ext.metrics import Metrics
 from server_ext.registry import SNAPSHOT_EVERY, Registry
-from server_ext.rows import (
-    Context,
-    ContextScore,
-    RowScore,
-    TokenRow,
-    chat_text,
-    contexts_of,
-    score_of,
-    tokenise,
-    tokenise_rows,
-)
+from server_ext.rows import RowScore, TokenRow
+from server_ext.scoring import Scorer
 from server_ext.store import Point
 from server_ext.tenants import Caller
+from server_ext.together import Gone, unless
+from server_ext.tokeniser import Tokeniser
 from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, Update
 
-PIECES_AT_ONCE = 8
-"""Pieces of work that the engine takes at once: what another tenant waits for is one of them."""
-
 
 class Service:
     """Checks calls, and answers them from the registry's adapters and the engine.
 
-    Calls name adapters that their caller owns: the routes see to that.
+    Calls name adapters that their caller owns: the routes see to that. What is evaluated for a caller who has gone is
+    given up, but for calls that change an adapter: those always run to their end.
 
     Args:
         engine: evaluates.
@@ -76,6 +66,8 @@ class Service:
         self.metrics = metrics or Metrics()
         self.registry = Registry(engine, directory, self.metrics, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
+        self._tokeniser = Tokeniser(engine)
+        self._scorer = Scorer(engine, self._turns, self.metrics)
         self._creating = asyncio.Lock()
 
     # Adapters ---------------------------------------------------------------------------------------------------------
@@ -184,7 +176,7 @@ class Service:
             raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken; create a new adapter instead")
         if spec.source == "activations" and not ask.rows:
             raise invalid("rows", "a basis of activations needs at least one row")
-        rows = self._tokenise(caller, ask.rows, points=spec.passes)
+        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=spec.passes)
         async with self.registry.changing(name) as adapter:
             if adapter.row.basis.digest is not None:
                 raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken meanwhile")
@@ -209,13 +201,15 @@ class Service:
         bind_contextvars(version=result.version)
         return result
 
-    async def losses(self, caller: Caller, name: str, ask: schemas.AskLosses) -> schemas.Losses:
+    async def losses(
+        self, caller: Caller, name: str, ask: schemas.AskLosses, gone: Gone | None = None
+    ) -> schemas.Losses:
         started = time.perf_counter()
         adapter = self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
             raise invalid("probes", f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}")
         sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
-        rows = self._tokenise(caller, ask.rows, points=sides)
+        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=sides)
         result = None
         wanted = ask.version
         if ask.update is not None:
@@ -233,8 +227,9 @@ class Service:
             ]
             if ask.base:
                 points.append(None if adapter.is_model(version) else point)
-            results = await self._score(adapter, points, rows)
-        means = [_mean_loss(scores) for scores, _ in results]
+            scoring = self._scorer.score(adapter.row.tenant, points, rows)
+            results, tokens = await unless(gone if ask.update is None else None, scoring)
+        means = [_mean_loss(scores) for scores in results]
         unperturbed = means.pop() if ask.base else None
         plus_minus = iter(means)
         losses = [
@@ -246,7 +241,6 @@ class Service:
             )
             for probe in ask.probes
         ]
-        tokens = sum(tokens for _, tokens in results)
         now = time.perf_counter()
         self.metrics.evaluated(adapter.row.tenant, len(losses), tokens, now - started)
         return schemas.Losses(
@@ -258,11 +252,13 @@ class Service:
             timing=schemas.Timing(update_s=updated - started, forward_s=now - updated, total_s=now - started),
         )
 
-    async def scores(self, caller: Caller, name: str, ask: schemas.AskScores) -> schemas.Scores:
+    async def scores(
+        self, caller: Caller, name: str, ask: schemas.AskScores, gone: Gone | None = None
+    ) -> schemas.Scores:
         adapter = self.registry.calibrated(name)
-        rows = self._tokenise(caller, ask.rows, points=1)
+        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            ((scores, tokens),) = await self._score(adapter, [point], rows)
+            (scores,), tokens = await unless(gone, self._scorer.score(adapter.row.tenant, [point], rows))
         return schemas.Scores(
             version=version,
             rows=[
@@ -273,23 +269,21 @@ class Service:
             tokens=tokens,
         )
 
-    async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
+    async def generate(self, name: str, ask: schemas.AskGeneration, gone: Gone | None = None) -> schemas.Generation:
         adapter = self.registry.calibrated(name)
-        encode, vocabulary = self.engine.encode, self.engine.model.vocabulary
-        if ask.messages is not None:
-            opened = chat_text(ask.messages, True, "messages", self.engine.render_chat)
-            tokens = tokenise(opened, "messages", False, encode, vocabulary)
-        else:
-            assert ask.prompt is not None
-            tokens = tokenise(ask.prompt, "prompt", True, encode, vocabulary)
+        tokens = await self._tokeniser.prompt(ask)
         room = self.engine.model.max_tokens - len(tokens)
         if ask.max_tokens > room:
             raise invalid(
                 "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
             )
-        turn = self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens)
-        async with self._point(adapter, ask.version, ask.probe) as (version, point), turn:
-            text = await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
+
+        async def write(point: Point | None) -> GeneratedText:
+            async with self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens):
+                return await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
+
+        async with self._point(adapter, ask.version, ask.probe) as (version, point):
+            text = await unless(gone, write(point))
         return schemas.Generation(
             version=version,
             text=text.text,
@@ -321,20 +315,6 @@ class Service:
         exported = Exported(name, version, point.digest, model.name, model.digest, adapter.layout, basis, flat)
         return await asyncio.to_thread(export_tar, exported, self.engine.sites, dtype)
 
-    def _tokenise(self, caller: Caller, rows: Sequence[schemas.Row], points: int) -> list[TokenRow]:
-        """Token rows that fit the caller's limits when evaluated at a number of points."""
-        limits = caller.limits
-        if len(rows) > limits.max_rows:
-            raise invalid("rows", f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}")
-        model = self.engine.model
-        result = tokenise_rows(rows, self.engine.encode, self.engine.render_chat, model.vocabulary, model.max_tokens)
-        tokens = points * sum(len(context.tokens) for row in result for context in contexts_of(row))
-        if tokens > limits.max_call_tokens:
-            raise invalid(
-                "rows", f"{tokens} tokens over all sides exceed max_call_tokens ({limits.max_call_tokens}) a call"
-            )
-        return result
-
     async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:
         spec, layout = adapter.row.basis, adapter.layout
         if spec.source == "random":
@@ -342,39 +322,12 @@ class Service:
             drawn = {name: random_test_matrix(width, layout.rank, spec.seed, i) for i, (name, width) in inputs}
             return {name: Basis(v.astype(np.float32), float("nan")) for name, v in drawn.items()}, 0
         calibration = [CalibrationRow(row.prompt + row.target[:-1], len(row.prompt)) for row in rows]
+        tokens = spec.passes * sum(len(row.tokens) for row in calibration)
         try:
-            return await self.engine.calibrate(calibration, layout, spec.spec())
+            async with self._turns.turn(adapter.row.tenant, tokens):
+                return await self.engine.calibrate(calibration, layout, spec.spec())
         except ValueError as error:
             raise invalid("rows", str(error)) from None
-
-    async def _score(
-        self, adapter: Adapter, points: Sequence[Point | None], rows: list[TokenRow]
-    ) -> list[tuple[list[RowScore], int]]:
-        """By point: the rows' scores, and the tokens that went through the model."""
-        contexts = [contexts_of(row) for row in rows]
-        bounds = list(pairwise(accumulate((len(c) for c in contexts), initial=0)))
-        flat = [context for row in contexts for context in row]
-        tokens = sum(len(context.tokens) for context in flat)
-        tenant = adapter.row.tenant
-
-        async def piece(point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
-            asked = time.perf_counter()
-            async with self._turns.turn(tenant, sum(len(context.tokens) for context in contexts)):
-                begun = time.perf_counter()
-                scores = await self.engine.score(point, contexts)
-            self.metrics.piece(tenant, begun - asked, time.perf_counter() - begun)
-            return scores
-
-        pieces = _pieces(flat, self.engine.tokens_at_once // PIECES_AT_ONCE)
-        scores = await asyncio.gather(*(piece(point, part) for point in points for part in pieces))
-        by_point = [
-            [score for part in scores[i : i + len(pieces)] for score in part]
-            for i in range(0, len(scores), len(pieces))
-        ]
-        return [
-            ([score_of(r, c, point[a:b]) for r, c, (a, b) in zip(rows, contexts, bounds, strict=True)], tokens)
-            for point in by_point
-        ]
 
     @asynccontextmanager
     async def _at(
@@ -398,19 +351,6 @@ class Service:
             if probe is not None and point is not None:
                 point = replace(point, seed=probe.seed, epsilon=probe.sign * probe.epsilon)
             yield found, point
-
-
-def _pieces(contexts: Sequence[Context], tokens: int) -> list[Sequence[Context]]:
-    """Contexts in parts of some tokens at most, or of one context."""
-    parts: list[list[Context]] = []
-    room = 0
-    for context in contexts:
-        if len(context.tokens) > room:
-            parts.append([])
-            room = tokens
-        parts[-1].append(context)
-        room -= len(context.tokens)
-    return list(parts)
 
 
 def _journal_entry(entry: Entry) -> schemas.JournalEntry:

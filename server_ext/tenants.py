@@ -15,6 +15,7 @@ import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,6 +27,7 @@ from server_ext.database import connect, transaction
 from server_ext.errors import ApiError, storage_failed
 from server_ext.schemas import TENANT, TenantLimits
 from zoact_remote import toml
+from zoact_remote.transport import is_loopback
 
 KEY_VARIABLE = "ZOACT_API_KEY"
 FILE_VARIABLE = "ZOACT_KEYS"
@@ -75,6 +77,8 @@ class Tenant:
     created: datetime | None = None
 
 
+calling: ContextVar[str | None] = ContextVar("zoact_calling", default=None)
+"""The tenant whose call is under way; None for the operator's."""
 OPERATOR = Caller(None, TenantLimits.operators())
 
 
@@ -95,7 +99,6 @@ class Tenants:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = connect(path)
         self._db.executescript(SCHEMA)
-        self._by_name = dict(self._fixed)
         self._read()
 
     @property
@@ -114,18 +117,11 @@ class Tenants:
             return OPERATOR
         scheme, _, token = authorization.partition(" ")
         sent = key_digest(token.strip()) if scheme.lower() == "bearer" else ""
-        found: Caller | None = None
-        # All digests are compared, each in constant time, so that the time taken tells nothing.
-        for digest in self._operators:
-            if hmac.compare_digest(sent, digest):
-                found = OPERATOR
-        for tenant in self._by_name.values():
-            for digest in tenant.keys:
-                if hmac.compare_digest(sent, digest):
-                    found = Caller(tenant.name, tenant.limits)
-        if found is None:
+        digest, caller = self._by_key.get(sent, ("", None))
+        # The digests of keys are as good as random, so that what a look-up's time tells of them opens nothing.
+        if caller is None or not hmac.compare_digest(sent, digest):
             raise ApiError(401, "invalid_api_key", "a valid API key is needed: Authorization: Bearer KEY")
-        return found
+        return caller
 
     def all(self) -> list[Tenant]:
         """Every tenant, by name."""
@@ -211,6 +207,9 @@ class Tenants:
             for name, limits, created in self._db.execute("SELECT name, limits, created FROM tenants")
         }
         self._by_name = kept | self._fixed
+        self._by_key: dict[str, tuple[str, Caller]] = {digest: (digest, OPERATOR) for digest in self._operators}
+        for tenant in self._by_name.values():
+            self._by_key |= {digest: (digest, Caller(tenant.name, tenant.limits)) for digest in tenant.keys}
 
 
 def key_digest(key: str) -> str:
@@ -230,14 +229,19 @@ class _File(BaseModel):
     tenants: dict[Annotated[str, Field(pattern=TENANT)], _FileEntry] = {}
 
 
-def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
+def open_tenants(directory: Path, host: str | None, operator_keys: Iterable[str] = ()) -> Tenants:
     """The tenants of a server whose state is in a directory, by what the environment says.
 
     ``ZOACT_API_KEY`` holds the operator's key or its digest, ``ZOACT_KEYS`` the path of a keys file. Both add to the
     operator's keys given.
 
+    Args:
+        directory: of the state.
+        host: where the server listens; None for all interfaces.
+        operator_keys: keys, or their digests, that open everything.
+
     Raises:
-        ValueError: the keys file cannot be read.
+        ValueError: the keys file cannot be read, or there is no key although not only this machine reaches the server.
 
     """
     given = [*operator_keys, *filter(None, [os.environ.get(KEY_VARIABLE)])]
@@ -247,7 +251,15 @@ def open_tenants(directory: Path, operator_keys: Iterable[str] = ()) -> Tenants:
     if os.environ.get(FILE_VARIABLE):
         more, fixed = read_keys_file(Path(os.environ[FILE_VARIABLE]))
         operators += more
-    return Tenants(directory / "tenants.sqlite", operators, fixed)
+    tenants = Tenants(directory / "tenants.sqlite", operators, fixed)
+    if tenants.open_to_all and not is_loopback(host or ""):
+        tenants.close()
+        raise ValueError(
+            f"whoever reaches {host or 'this machine, on any of its interfaces,'} could read and change every adapter, "
+            f"as there is no key: set {KEY_VARIABLE} to the operator's, name a file with keys in {FILE_VARIABLE} "
+            "(zoact serve: --api-key, --keys), or listen on this machine alone with --host 127.0.0.1"
+        )
+    return tenants
 
 
 def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:

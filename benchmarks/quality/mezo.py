@@ -61,7 +61,7 @@ class Network:
 
         config = self._network.config
         checked = [ChoicesRow(**row) for row in rows]
-        return tokenise_rows(checked, encode, lambda *_: "", config.vocab_size, config.max_position_embeddings)
+        return list(tokenise_rows(checked, encode, lambda *_: "", config.vocab_size, config.max_position_embeddings))
 
     def loss(self, rows: Sequence[TokenRow]) -> float:
         return float(np.mean([loss for _, loss in self.score(rows)]))

@@ -116,7 +116,10 @@ class Engine(Protocol):
         ...
 
     def encode(self, text: str, special: bool) -> list[int]:
-        """Token ids of a text, with the special tokens that the model expects around a prompt if ``special``."""
+        """Token ids of a text, with the special tokens that the model expects around a prompt if ``special``.
+
+        This and ``render_chat`` are called from one thread, beside the event loop's.
+        """
         ...
 
     def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ class TransformersEngine:
         max_rank: int = 512,
     ) -> None:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        # Fast tokenisers are not to be shared between threads.
+        self._encoder: Any = copy.deepcopy(self.tokenizer)
         self.device = torch.device(device)
         # Transformers' own annotations do not describe what a loaded model can do.
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -71,10 +74,10 @@ class TransformersEngine:
         self._thread = ThreadPoolExecutor(1, "zoact-model")
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=special)
+        return self._encoder.encode(text, add_special_tokens=special)
 
     def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
+        return self._encoder.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False)
 
     async def calibrate(
         self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec

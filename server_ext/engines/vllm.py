@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 import json
 import secrets
@@ -30,6 +31,8 @@ from server_ext.packing import SCORED_ROWS, Pack, Packing
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
+from server_ext.together import together
+from server_ext.traffic import watch
 from server_ext.worker import CALIBRATION_PATH, point_path
 from zoact_remote.layout import Layout, Site
 from zoact_remote.noise import Distribution
@@ -54,6 +57,8 @@ class VllmEngine:
         config = client.vllm_config.model_config
         self._client = client
         self._tokenizer = client.get_tokenizer()
+        # Fast tokenisers are not to be shared between threads.
+        self._encoder = copy.deepcopy(self._tokenizer)
         self.sites = tuple(Site(**site) for site in description["sites"])
         self.max_rank = int(description["max_rank"])
         self._packing = Packing(**description["packing"]) if description["packing"] else None
@@ -73,6 +78,7 @@ class VllmEngine:
         # Half of the cache is for others: what waits for room in it is never given that of what runs.
         self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
         self.lanes = Lanes(None if share == 1 else max(1, int(share * step)))
+        self._generate = watch(client, self.lanes)
         self._generating = KeyLimit(max(1, client.vllm_config.lora_config.max_loras // 2))
         self._lora_ids: OrderedDict[str, int] = OrderedDict()
         self._next_lora_id = itertools.count(FIRST_LORA_ID)
@@ -94,10 +100,10 @@ class VllmEngine:
         return cls(client, json.loads(descriptions[0]), share)
 
     def encode(self, text: str, special: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=special))
+        return list(self._encoder.encode(text, add_special_tokens=special))
 
     def render_chat(self, messages: list[dict[str, str]], opened: bool) -> str:
-        return str(self._tokenizer.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False))
+        return str(self._encoder.apply_chat_template(messages, add_generation_prompt=opened, tokenize=False))
 
     async def calibrate(
         self, rows: Sequence[CalibrationRow], layout: Layout, spec: BasisSpec
@@ -128,9 +134,7 @@ class VllmEngine:
     async def _calibrate_rows(self, prompts: Sequence[tuple[int, int]], rows: Sequence[CalibrationRow]) -> None:
         parameters = SamplingParams(max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
         loras = [LoRARequest(f"{CALIBRATION_PATH}{i}", i, f"{CALIBRATION_PATH}{i}") for i, _ in prompts]
-        await asyncio.gather(
-            *(self._request(row.tokens, parameters, lora) for row, lora in zip(rows, loras, strict=True))
-        )
+        await together(*(self._request(row.tokens, parameters, lora) for row, lora in zip(rows, loras, strict=True)))
 
     async def put(
         self,
@@ -166,9 +170,9 @@ class VllmEngine:
     async def score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         lora = self.lora_request(point)
         if self._packing is None:
-            return await asyncio.gather(*(self._score(lora, context) for context in contexts))
+            return await together(*(self._score(lora, context) for context in contexts))
         packs = self._packing.pack(contexts, min(self._pack_tokens, self.lanes.most or self._pack_tokens))
-        scores = await asyncio.gather(*(self._score_pack(lora, pack) for pack in packs))
+        scores = await together(*(self._score_pack(lora, pack) for pack in packs))
         return [score for of_pack in scores for score in of_pack]
 
     async def _score(self, lora: LoRARequest | None, context: Context) -> ContextScore:
@@ -237,7 +241,7 @@ class VllmEngine:
 
         async def ask(turn: Turn) -> RequestOutput:
             name = f"zoact-{next(self._next_request)}"
-            outputs = self._client.generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
+            outputs = self._generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
             async for output in outputs:
                 turn.begun, last = True, output
             return last

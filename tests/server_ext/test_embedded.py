@@ -76,3 +76,13 @@ def test_all_models_are_there_by_name(url: str, adapter: Adapter) -> None:
     assert texts[f"{adapter.name}@0"].choices[0].text == texts["theirs"].choices[0].text
     assert len({answer.choices[0].text for answer in texts.values()}) == 3
     assert texts["theirs"].model == "theirs"
+
+
+def test_a_vllm_that_everybody_reaches_wants_keys(tiny_model: Path, tmp_path: Path) -> None:
+    """VLLM listens on all interfaces if it is not told where."""
+    port = free_port()
+    arguments = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tiny_model), "--port", str(port)]
+    arguments += [part for name, values in FLAGS.items() for part in (name, *values)]
+    environment = {"VLLM_PLUGINS": "zoact", "ZOACT_STATE": str(tmp_path / "state")}
+    with pytest.raises(RuntimeError, match=r"could read and change every adapter.*--host 127.0.0.1"):
+        Process(arguments, port, tmp_path / "vllm.log", environment)

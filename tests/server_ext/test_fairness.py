@@ -19,6 +19,9 @@ from hypothesis import strategies as st
 from server_ext.app import create_app
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.fairness import FairQueue
+from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
+from server_ext.service import Service
+from server_ext.tenants import OPERATOR, Tenants
 from tests.support import CALL_TIMEOUT_S
 from zoact_remote import Client, Probe
 from zoact_remote.cli.local_server import free_port
@@ -167,6 +170,21 @@ def test_those_who_always_wait_get_the_same(capacity: int, one: list[int], other
     run(go())
 
 
+@given(CAPACITIES, st.lists(COSTS, min_size=1, max_size=8), COSTS, COSTS)
+def test_who_gives_up_has_paid_nothing(capacity: int, given_up: list[int], one: int, other: int) -> None:
+    async def go() -> None:
+        hall = Hall(capacity)
+        first = await hall.submit("", capacity)
+        for piece in [await hall.submit("one", cost) for cost in given_up]:
+            await hall.cancel(piece)
+        mine, theirs = await hall.submit("one", one), await hall.submit("other", other)
+        await hall.finish(first)
+        await hall.finish_all()
+        assert hall.admitted == [first, mine, theirs], "first come, first served"
+
+    run(go())
+
+
 def test_a_piece_that_exceeds_the_capacity_passes_alone() -> None:
     async def go() -> None:
         hall = Hall(4)
@@ -183,6 +201,18 @@ def test_a_piece_that_exceeds_the_capacity_passes_alone() -> None:
     run(go())
 
 
+def test_nobody_waits_for_one_who_has_given_up() -> None:
+    async def go() -> None:
+        hall = Hall(4)
+        small, large, after = [await hall.submit(name, cost) for name, cost in (("a", 1), ("b", 100), ("c", 1))]
+        await hall.cancel(large)
+        assert after.state == "under way"
+        for piece in (small, after):
+            await hall.finish(piece)
+
+    run(go())
+
+
 ROWS = [{"prompt": [5] * 200, "completion": [seed] * 4} for seed in range(10)]
 PROBES = [Probe(seed, 0.01) for seed in range(6)]
 
@@ -193,7 +223,8 @@ def url(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
     engine = TransformersEngine(str(tiny_model))
     engine.tokens_at_once = 10 * 204
     port = free_port()
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, tmp_path / "state"), port=port, log_level="warning"))
+    app = create_app(engine, tmp_path / "state", Tenants(tmp_path / "tenants.sqlite"))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
     yield f"http://127.0.0.1:{port}"
@@ -214,3 +245,42 @@ def test_a_flood_does_not_hold_up_the_others(url: str) -> None:
         one, other = (call.result(300) for call in calls)
         for mine, same in zip(one.losses, other.losses, strict=True):
             assert (mine.plus, mine.minus) == pytest.approx((same.plus, same.minus), abs=1e-5)
+
+
+def test_a_calibration_takes_its_turn_by_all_its_passes(tiny_model: Path, tmp_path: Path) -> None:
+    """It is charged for: who calibrates much waits for others afterwards."""
+    engine: Any = TransformersEngine(str(tiny_model))
+    row = CompletionRow(prompt=[5] * 100, completion=[6])
+    engine.tokens_at_once = 2 * 100
+    calibrate, score = engine.calibrate, engine.score
+    order: list[str] = []
+    begun, may_end = asyncio.Event(), asyncio.Event()
+
+    async def slow_calibrate(*args: Any) -> Any:
+        begun.set()
+        await may_end.wait()
+        order.append("calibration")
+        return await calibrate(*args)
+
+    async def watched_score(*args: Any) -> Any:
+        order.append("score")
+        return await score(*args)
+
+    async def go() -> None:
+        service = Service(engine, tmp_path)
+        for name, source in (("acme/new", "activations"), ("umbra/tuned", "random")):
+            basis = BasisSpec(source=source, passes=2)
+            await service.create(OPERATOR, CreateAdapter(name=name, rank=1, basis=basis))
+        await service.calibrate(OPERATOR, "umbra/tuned", Calibrate())
+        engine.calibrate, engine.score = slow_calibrate, watched_score
+        calibrating = asyncio.create_task(service.calibrate(OPERATOR, "acme/new", Calibrate(rows=[row])))
+        await begun.wait()
+        scoring = asyncio.create_task(service.scores(OPERATOR, "umbra/tuned", AskScores(rows=[row])))
+        done, _ = await asyncio.wait([scoring], timeout=0.5)
+        assert not done, "two passes of one row are all that the engine takes at once"
+        may_end.set()
+        await asyncio.gather(calibrating, scoring)
+        await service.registry.close()
+
+    run(go())
+    assert order == ["calibration", "score"]

@@ -278,3 +278,25 @@ def test_what_goes_wrong_is_the_callers(served: bool) -> None:
         await road.finish(request)
 
     run(1, go)
+
+
+def test_who_is_cancelled_goes_on_once_vllm_has_let_go() -> None:
+    async def go(road: Road) -> None:
+        let_go = asyncio.Event()
+
+        async def ask(turn: Turn) -> str:
+            try:
+                await asyncio.Event().wait()
+                return "answer"
+            finally:
+                await asyncio.sleep(0)
+                let_go.set()
+
+        asking = asyncio.create_task(road.lanes.background(1, ask))
+        await road.settle()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert let_go.is_set()
+
+    run(1, go)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,17 +12,21 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from server_ext import openai_routes
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.gate import Gate
+from server_ext.packing import SCORED_ROWS
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter, TenantLimits, Update
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR, Tenants, key_digest
+from server_ext.tenants import OPERATOR, Tenants, calling, key_digest
 
 T = TypeVar("T")
 
 OPERATOR_KEY, VLLM_KEY = "sesame", "vllm's own"
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=5)
 FORMS = ("", "@0", "@1", "@9", "@1+17*0.01", "@1-17*0.01")
 
 
@@ -52,14 +55,13 @@ class House:
         self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
         self.app.add_api_route("/metrics", self.headers)
         self.streaming, self.go_on = asyncio.Event(), asyncio.Event()
-        self.foreground, self.foreground_ever = 0, 0
+        self.callers: list[str | None] = []
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         return self._loop.run_until_complete(asyncio.wait_for(coroutine, 60))
 
     async def start(self) -> None:
-        stub: Any = Namespace(lora_request=lambda point: Namespace(lora_name=point.name), lanes=Namespace())
-        stub.lanes.foreground = self.count_foreground
+        stub: Any = Namespace(lora_request=lambda point: Namespace(lora_name=point.name))
         openai_routes.install(self.app, self.gate, stub, self.models, VLLM_KEY)
         await self.gate.restore()
         service = self.gate.service
@@ -78,6 +80,7 @@ class House:
         content = await request.json()
 
         def found() -> dict[str, str]:
+            self.callers.append(calling.get())
             table, name = self.models.lora_requests, content["model"]
             # As vLLM does it.
             lora = table[name] if name in table else None  # noqa: SIM401
@@ -90,13 +93,6 @@ class House:
             yield found()["model"] + "\n"
 
         return StreamingResponse(stream()) if content.get("stream") else JSONResponse(found())
-
-    @contextmanager
-    def count_foreground(self) -> Iterator[None]:
-        self.foreground += 1
-        self.foreground_ever += 1
-        yield
-        self.foreground -= 1
 
     async def headers(self, request: Request) -> dict[str, str]:
         return dict(request.headers)
@@ -213,28 +209,38 @@ def test_requests_under_way_keep_their_version(house: House) -> None:
     assert list(house.models.lora_requests) == ["stock/lora"]
 
 
+@given(st.text().map("zoact_".__add__) | st.just(SCORED_ROWS), JSON)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nobody_speaks_to_the_workers_in_the_engines_name(house: House, name: str, value: Any) -> None:
+    for key in ("acme", OPERATOR_KEY):
+        for arguments in ({name: value}, {"theirs": 1, name: value}):
+            answer = house.run(house.ask(key, "base/model", vllm_xargs=arguments))
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert (error["type"], error["param"]) == ("invalid_request_error", f"vllm_xargs.{name}")
+
+
+@given(JSON | st.dictionaries(st.text().filter(lambda name: not name.startswith("zoact_")), JSON))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_other_extra_arguments_are_vllms(house: House, arguments: Any) -> None:
+    house.gate.tenants.change_limits("acme", TenantLimits(requests_per_minute=None))
+    for key in ("acme", OPERATOR_KEY):
+        assert house.run(house.ask(key, "base/model", vllm_xargs=arguments)).status_code == 200
+
+
 @pytest.mark.parametrize("model", ["base/model", "acme/tuned"])
-def test_requests_are_foreground_to_the_end_of_their_answer(house: House, model: str) -> None:
-    async def scene() -> None:
+def test_the_engine_knows_whose_a_request_is_to_its_end(house: House, model: str) -> None:
+    async def scene() -> list[str | None]:
         asking = asyncio.create_task(house.ask("acme", model, stream=True))
         await house.streaming.wait()
-        assert house.foreground == 1
+        for key in ("umbra", OPERATOR_KEY):
+            await house.ask(key, "base/model")
         house.go_on.set()
         await asking
-        assert (house.foreground, house.foreground_ever) == (0, 1)
+        assert calling.get() is None
+        return house.callers
 
-    house.run(scene())
-
-
-def test_what_asks_nothing_of_the_model_is_no_foreground(house: House) -> None:
-    async def scene() -> None:
-        async with house.client(OPERATOR_KEY) as operator, house.client(None) as stranger:
-            for path in ("/metrics", "/v1/nothing"):
-                await operator.get(path)
-            await stranger.post("/v1/completions", json={"model": "base/model"})
-
-    house.run(scene())
-    assert house.foreground_ever == 0
+    assert house.run(scene()) == ["acme", "umbra", None, "acme"]
 
 
 @pytest.mark.parametrize("priority", [-1, "-1", -3.0, -(2**63)])

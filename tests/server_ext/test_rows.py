@@ -106,7 +106,7 @@ def chat(*turns: str) -> ChatRow:
 
 
 def tokenise(rows: Sequence[Row], max_tokens: int = 8) -> list[TokenRow]:
-    return tokenise_rows(rows, encode, render, 26, max_tokens)
+    return list(tokenise_rows(rows, encode, render, 26, max_tokens))
 
 
 def test_prompts_get_special_tokens_and_continuations_do_not() -> None:
@@ -133,7 +133,7 @@ def test_a_template_must_continue_the_turn_that_it_opens() -> None:
         return render(messages, opened) + "t" * opened
 
     with pytest.raises(ApiError, match="prompt and completion") as error:
-        tokenise_rows([chat("user b", "assistant c")], encode, thinks, 26, 8)
+        list(tokenise_rows([chat("user b", "assistant c")], encode, thinks, 26, 8))
     assert error.value.param == "rows[0].messages"
 
 

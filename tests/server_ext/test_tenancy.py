@@ -433,6 +433,7 @@ def test_a_server_that_everybody_reaches_wants_keys(tmp_path: Path) -> None:
     assert "--api-key" in refused.stderr
 
 
+@pytest.mark.usefixtures("secret")
 def test_a_server_refuses_what_it_cannot_start_with(house: House, tiny_model: Path, tmp_path: Path) -> None:
     state = house.server.state
     other_model = tmp_path / "other-model"

@@ -208,7 +208,7 @@ def test_the_environment_says_who_may_come_in(tmp_path: Path, monkeypatch: pytes
     file.write_text(FILE)
     monkeypatch.setenv(FILE_VARIABLE, str(file))
     monkeypatch.setenv(KEY_VARIABLE, "plain")
-    with closing(open_tenants(tmp_path, ["vllm's own"])) as tenants:
+    with closing(open_tenants(tmp_path, None, ["vllm's own"])) as tenants:
         whose = {key: tenant_of(tenants, key) for key in ("a", "b", "c", "plain", "vllm's own", "d")}
         assert whose == {"a": None, "b": "acme", "c": "acme", "plain": None, "vllm's own": None, "d": "nobody"}
         for change in (tenants.replace_key, tenants.remove, lambda name: tenants.change_limits(name, LIMITS)):
@@ -226,6 +226,70 @@ def test_the_environment_says_who_may_come_in(tmp_path: Path, monkeypatch: pytes
 def test_the_environment_may_hold_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, A)
     monkeypatch.delenv(FILE_VARIABLE, raising=False)
-    with closing(open_tenants(tmp_path)) as tenants:
+    with closing(open_tenants(tmp_path, None)) as tenants:
         assert tenant_of(tenants, "a") is None
         assert tenant_of(tenants, A) == "nobody"
+
+
+NOT_A_KEY = {
+    "nothing": {},
+    "an empty key": {KEY_VARIABLE: ""},
+    "a file without any": {FILE_VARIABLE: "operators = []"},
+}
+
+
+def set_environment(monkeypatch: pytest.MonkeyPatch, directory: Path, variables: dict[str, str]) -> None:
+    """The variables, and no other of ours; a file is given by what is in it."""
+    for name in (KEY_VARIABLE, FILE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        if name == FILE_VARIABLE:
+            (directory / "keys.toml").write_text(value)
+            value = str(directory / "keys.toml")
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("host", [None, "", "0.0.0.0", "::", "10.0.0.1", "gpu-7.example", "127.0.0.1.example"])
+@pytest.mark.parametrize("variables", NOT_A_KEY.values(), ids=NOT_A_KEY)
+def test_without_a_key_a_server_keeps_to_loopback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], host: str | None
+) -> None:
+    set_environment(monkeypatch, tmp_path, variables)
+    with pytest.raises(ValueError, match=f"{KEY_VARIABLE} .*{FILE_VARIABLE} .*--keys.*--host 127.0.0.1"):
+        open_tenants(tmp_path, host)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+@pytest.mark.parametrize("variables", NOT_A_KEY.values(), ids=NOT_A_KEY)
+def test_whoever_is_on_the_machine_needs_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], host: str
+) -> None:
+    set_environment(monkeypatch, tmp_path, variables)
+    with closing(open_tenants(tmp_path, host)) as tenants:
+        assert tenants.open_to_all
+
+
+@pytest.mark.parametrize(
+    ("variables", "given"),
+    [
+        ({KEY_VARIABLE: "plain"}, []),
+        ({}, ["vllm's own"]),
+        ({FILE_VARIABLE: f'operators = ["{A}"]'}, []),
+        ({FILE_VARIABLE: f'[tenants.acme]\nkeys = ["{B}"]'}, []),
+    ],
+)
+def test_with_any_key_a_server_listens_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], given: list[str]
+) -> None:
+    set_environment(monkeypatch, tmp_path, variables)
+    with closing(open_tenants(tmp_path, None, given)) as tenants:
+        assert tenant_of(tenants, "anything") == "nobody"
+
+
+def test_tenants_of_before_keep_a_server_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, tmp_path, {KEY_VARIABLE: OPERATORS_KEY})
+    with closing(open_tenants(tmp_path, None)) as tenants:
+        tenants.add("acme", LIMITS)
+    monkeypatch.delenv(KEY_VARIABLE)
+    with closing(open_tenants(tmp_path, None)) as tenants:
+        assert tenant_of(tenants, "anything") == "nobody"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import requests
 
 from server_ext.openai_routes import OPEN, TEXT
+from tests.server_ext.support import Figures
 from tests.support import CALL_TIMEOUT_S, KEY, Server
 from zoact_remote import Basis, Client, Update
 
@@ -228,3 +229,38 @@ def test_metrics_name_no_adapter_and_do_not_grow_with_names(house: House) -> Non
     for line in lines:
         if "acme" in line or "umbra" in line:
             assert re.match(r'zoact_\w+\{(.*,)?tenant="(acme|umbra)"', line)
+
+
+def test_what_is_cached_of_the_base_model_is_each_tenants_own(house: House) -> None:
+    base = house.models("operator")[0]["id"]
+
+    def hits() -> float:
+        return Figures.read(house.ask("GET", "/metrics", "operator").text)(
+            "vllm:prefix_cache_hits_total", model_name=base, engine="0"
+        )
+
+    def complete(who: str, salt: str | None = None) -> requests.Response:
+        body = {"model": base, "prompt": [0, *range(40, 239)], "max_tokens": 1, "cache_salt": salt}
+        return house.ask("POST", "/v1/completions", who, body)
+
+    def say(who: str) -> requests.Response:
+        text = 40 * "What a joy to watch. "
+        body = {"model": base, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+        return house.ask("POST", "/v1/messages", who, body)
+
+    def score(who: str) -> requests.Response:
+        row = {"prompt": [0, *range(140, 339)], "completion": [40]}
+        return house.ask("POST", f"/zoact/v1/adapters/{who}/tuned/scores", who, {"version": 0, "rows": [row]})
+
+    def is_cached(ask: Callable[..., requests.Response], *arguments: Any) -> bool:
+        before = hits()
+        answer = ask(*arguments)
+        assert answer.ok, answer.text
+        return hits() > before
+
+    for ask in (complete, say, score):
+        for who in ("acme", "umbra"):
+            assert [is_cached(ask, who) for _ in range(2)] == [False, True], (ask, who)
+    for who in ("acme", "umbra"):
+        assert [is_cached(complete, who, "salt") for _ in range(2)] == [False, True], who
+    assert not is_cached(complete, "operator")

@@ -73,6 +73,7 @@ def main() -> None:
 
     from server_ext.app import create_app
     from server_ext.engines.transformers import TransformersEngine
+    from server_ext.tenants import open_tenants
 
     torch.set_num_threads(1)
     engine = TransformersEngine(sys.argv[1])
@@ -96,8 +97,9 @@ def main() -> None:
             with open(os.devnull) as nothing:
                 os.dup2(nothing.fileno(), 0)
             os.dup2(2, 1)
+            state = Path(question["state"])
             uvicorn.run(
-                create_app(engine, Path(question["state"])),
+                create_app(engine, state, open_tenants(state, LOOPBACK)),
                 host=LOOPBACK,
                 port=question["port"],
                 access_log=False,

@@ -83,6 +83,8 @@ def serve(
     Flags after -- are vLLM's own, and win: zoact serve MODEL -- --max-model-len 4096
     """
     with reporting(as_json=False):
+        # An empty one is a variable that was meant to be set.
+        api_key = api_key or None
         _check_listening(flags(context.args).get("--host") or host, api_key, keys)
         if engine == "transformers":
             if print_only or context.args:
@@ -149,6 +151,7 @@ def _shown(command: VllmCommand) -> str:
 
 
 def _check_listening(host: str, api_key: str | None, keys: Path | None) -> None:
+    """Says before a model is loaded what the server would say after."""
     from zoact_remote.transport import is_loopback
 
     if not is_loopback(host) and api_key is None and keys is None:
@@ -162,6 +165,11 @@ def _run_transformers(
     model: str, host: str, port: int, state: Path, dtype: str | None, api_key: str | None, keys: Path | None
 ) -> None:
     from server_ext.app import serve as serve_app
+    from server_ext.tenants import open_tenants
 
     os.environ |= key_environment(api_key, keys)
-    serve_app(model, host, port, state, dtype or "float32")
+    try:
+        tenants = open_tenants(state, host)
+    except ValueError as error:
+        raise CommandFailed(str(error)) from None
+    serve_app(model, host, port, state, dtype or "float32", tenants)

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +54,7 @@ def test_missing_packages_are_named(engine: str, extra: str, monkeypatch: pytest
         ("--host", "0.0.0.0"),
         ("--host", "gpu-7.example"),
         ("--engine", "transformers", "--host", "::"),
+        ("--host", "0.0.0.0", "--api-key", ""),
         ("--print", "--", "--host=10.0.0.1"),
     ],
 )
@@ -63,6 +65,23 @@ def test_without_keys_serve_keeps_to_loopback(arguments: tuple[str, ...]) -> Non
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_loopback_needs_no_keys(host: str) -> None:
     assert f"--host {host}" in run("serve", "model", "--host", host, "--print").stdout
+
+
+def test_an_empty_key_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOACT_API_KEY", "")
+    assert "VLLM_API_KEY" not in run("serve", "model", "--print").stdout
+    assert "give --api-key or --keys" in run("serve", "model", "--host", "0.0.0.0", code=1).stderr
+
+
+def test_a_keys_file_without_any_key_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text("operators = []")
+    monkeypatch.setenv("ZOACT_KEYS", str(file))
+    where = ("--host", "0.0.0.0", "--state", str(tmp_path / "state"))
+    error = run("serve", "model", "--engine", "transformers", *where, code=1).stderr
+    assert "there is no key" in " ".join(error.split())
 
 
 def test_with_a_key_serve_listens_anywhere() -> None:
