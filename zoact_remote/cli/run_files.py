@@ -42,7 +42,7 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT, METRICS, EVALUATIONS, RESULT = "checkpoint.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
 CONFIG, TASK, REPORT, LOCK = "config.toml", "task.toml", "report.html", "lock"
 

@@ -91,10 +91,10 @@ class TrainingSettings:
     )
     eval_rows: int = setting(400, "evaluation", "Held-out rows evaluated at most, evenly spaced.", key="rows", least=1)
     patience: int | None = setting(
-        None, "evaluation", "Stop after this many evaluations without a new best, by the task's metric.", least=1
+        None, "evaluation", "Stop after this many evaluations without a gain, by the task's metric.", least=1
     )
     min_delta: float = setting(
-        0.0, "evaluation", "By how much a new best must beat the last one; 0.01 is a point of accuracy.", least=0
+        0.0, "evaluation", "What --patience takes for a gain on the last one; 0.01 is a point of accuracy.", least=0
     )
     keep_best: bool = setting(
         False,
