@@ -28,6 +28,7 @@ from zoact_remote.wire import (
     Generation,
     Info,
     JournalEntry,
+    Limits,
     Losses,
     Probe,
     Row,
@@ -76,6 +77,10 @@ class Adapter:
         """Ask the server about the adapter; the answer is kept as :attr:`info`."""
         self.info = self._transport.call("GET", self._path, AdapterInfo.from_json, repeatable=True)
         return self.info
+
+    def limits(self) -> Limits:
+        """What one call may ask of the server."""
+        return self._server_info().limits
 
     def layout(self) -> Layout:
         """Where its coefficients lie in the flat buffer of :mod:`zoact_remote.replay`."""

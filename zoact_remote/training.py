@@ -33,9 +33,10 @@ from zoact_remote.errors import InvalidValue
 from zoact_remote.estimators import Ask, Draw, Estimate, Estimator
 from zoact_remote.evaluation import Evaluation, Scorer, evaluate
 from zoact_remote.history import History, StepRecord
+from zoact_remote.limits import check_limits
 from zoact_remote.optimizers import Optimizer
 from zoact_remote.schedules import Schedule, constant
-from zoact_remote.wire import Change, Json, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
+from zoact_remote.wire import Change, Json, Limits, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
@@ -69,6 +70,10 @@ class Trainable(Scorer, Protocol):
 
     def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Make a new version with an earlier one's coefficients."""
+        ...
+
+    def limits(self) -> Limits:
+        """What a step may ask for."""
         ...
 
 
@@ -155,12 +160,15 @@ class Trainer:
         May be called again after an error: it goes on where it failed.
 
         Raises:
+            InvalidValue: the server's limits do not allow all of the steps to come; none of them is begun.
             TrainingDiverged: a loss is not finite, and no callback made anything of it.
             ZoActError: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
                 the adapter.
 
         """
         self.history.stopped = None
+        if self.step < self.steps:
+            check_limits(self.adapter.limits(), self.estimator, self.optimizer, self.steps - self.step)
         if self.step == 0 and self._is_evaluated and self.history.baseline is None:
             self.history.baseline = self._evaluate()
         if self._unfinished:

@@ -103,6 +103,7 @@ def train_adapter(
     held_out = spread(held_out, settings.eval_rows)
     directory.mkdir(parents=True, exist_ok=True)
     info = client.info()
+    settings.check_limits(info.limits)
     about = {
         "name": name,
         "model": info.model_digest,
