@@ -20,7 +20,7 @@ from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
 from server_ext.engines.base import CalibrationRow, Engine
-from server_ext.errors import ApiError, invalid
+from server_ext.errors import BATCH_TOO_LARGE, ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
 from server_ext.importing import read_lora
@@ -213,7 +213,8 @@ class Service:
         started = time.perf_counter()
         adapter = self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
-            raise invalid("probes", f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}")
+            message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
+            raise invalid("probes", message, BATCH_TOO_LARGE)
         sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
         rows = self._tokenise(caller, ask.rows, points=sides)
         result = None
@@ -325,14 +326,14 @@ class Service:
         """Token rows that fit the caller's limits when evaluated at a number of points."""
         limits = caller.limits
         if len(rows) > limits.max_rows:
-            raise invalid("rows", f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}")
+            message = f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}"
+            raise invalid("rows", message, BATCH_TOO_LARGE)
         model = self.engine.model
         result = tokenise_rows(rows, self.engine.encode, self.engine.render_chat, model.vocabulary, model.max_tokens)
         tokens = points * sum(len(context.tokens) for row in result for context in contexts_of(row))
         if tokens > limits.max_call_tokens:
-            raise invalid(
-                "rows", f"{tokens} tokens over all sides exceed max_call_tokens ({limits.max_call_tokens}) a call"
-            )
+            message = f"{tokens} tokens over all sides exceed max_call_tokens ({limits.max_call_tokens}) a call"
+            raise invalid("rows", message, BATCH_TOO_LARGE)
         return result
 
     async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:

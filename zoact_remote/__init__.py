@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from zoact_remote.errors import (
         AuthenticationError,
         BadRequest,
+        CallFailed,
         Conflict,
         ConnectionFailed,
         Inconclusive,
         InvalidValue,
+        LimitExceeded,
         NotFound,
+        PermissionDenied,
         RateLimited,
         ServerError,
         StaleVersion,
         TooLarge,
+        TrainingDiverged,
         ZoActError,
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
@@ -52,7 +56,7 @@ if TYPE_CHECKING:
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.tenants import Tenant
     from zoact_remote.together import train_together
-    from zoact_remote.training import Trainer, TrainingDiverged
+    from zoact_remote.training import Trainer
     from zoact_remote.wire import (
         AdapterInfo,
         Basis,
@@ -78,15 +82,19 @@ _NAMES = {
     "errors": (
         "AuthenticationError",
         "BadRequest",
+        "CallFailed",
         "Conflict",
         "ConnectionFailed",
         "Inconclusive",
         "InvalidValue",
+        "LimitExceeded",
         "NotFound",
+        "PermissionDenied",
         "RateLimited",
         "ServerError",
         "StaleVersion",
         "TooLarge",
+        "TrainingDiverged",
         "ZoActError",
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
@@ -102,7 +110,7 @@ _NAMES = {
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "tenants": ("Tenant",),
     "together": ("train_together",),
-    "training": ("Trainer", "TrainingDiverged"),
+    "training": ("Trainer",),
     "wire": (
         "AdapterInfo",
         "Basis",
@@ -131,6 +139,7 @@ __all__ = [
     "AuthenticationError",
     "BadRequest",
     "Basis",
+    "CallFailed",
     "Callback",
     "Client",
     "Conflict",
@@ -149,12 +158,14 @@ __all__ = [
     "Info",
     "InvalidValue",
     "LeaveOneOut",
+    "LimitExceeded",
     "Limits",
     "LiveCurve",
     "Losses",
     "Normaliser",
     "NotFound",
     "Optimizer",
+    "PermissionDenied",
     "PipelinedTrainer",
     "Probe",
     "RangeTest",

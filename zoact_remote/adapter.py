@@ -131,8 +131,11 @@ class Adapter:
 
         Raises:
             StaleVersion: the update's base version is not the newest one; nothing was changed.
+            NotFound: there is no such version.
             Conflict: the adapter has no basis yet, or the update's key was used for another update.
-            TooLarge: a row or the batch exceeds a limit.
+            TooLarge: a row is longer than the model's context, or there are more rows, tokens or probes than a call may
+                have; nothing was changed.
+            ServerError: the answer is not one to these probes.
 
         """
         body = {
@@ -145,8 +148,14 @@ class Adapter:
 
         def read(data: Any) -> Losses:
             losses = Losses.from_json(data)
-            # JSON has no NaN, so a loss that is not finite comes as null; only here is it known that one was asked for.
-            return replace(losses, base=math.nan) if base and losses.base is None else losses
+            if [(loss.seed, loss.epsilon) for loss in losses.losses] != [(p.seed, p.epsilon) for p in probes]:
+                raise ValueError("these are not the losses of the probes that were asked for")
+            # JSON has no NaN, so a loss that is not finite comes as null; only here is it known which were asked for.
+            found = tuple(
+                replace(loss, minus=math.nan) if probe.sides == "both" and loss.minus is None else loss
+                for probe, loss in zip(probes, losses.losses, strict=True)
+            )
+            return replace(losses, losses=found, base=math.nan if base and losses.base is None else losses.base)
 
         return self._transport.call("POST", f"{self._path}/losses", read, json=body, repeatable=True)
 

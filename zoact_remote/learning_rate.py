@@ -118,7 +118,7 @@ def find_learning_rate(
     Raises:
         InvalidValue: an argument is out of its bounds, or the server's limits do not allow all steps; none is begun.
         Inconclusive: a loss is not finite before the first update.
-        ZoActError: a call failed.
+        CallFailed: a call failed.
 
     """
     if not 0.0 < low < high < math.inf:

@@ -152,7 +152,7 @@ class Rewarded:
         Raises:
             InvalidValue: there are no rows, or neither probes nor ``base``; ``version`` is not the one that the update
                 leads to; a reward is not finite.
-            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
         sides: list[Side | None] = [
@@ -191,7 +191,7 @@ class Rewarded:
 
         Raises:
             InvalidValue: there are no rows, or a reward is not finite.
-            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
         (found,) = self._judge(rows, [None], version, progress)

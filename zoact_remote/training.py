@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoact_remote.callbacks import AfterStep, Callback
-from zoact_remote.errors import InvalidValue
+from zoact_remote.errors import InvalidValue, TrainingDiverged
 from zoact_remote.estimators import Ask, Draw, Estimate, Estimator
 from zoact_remote.evaluation import Evaluation, Scorer, evaluate
 from zoact_remote.history import History, StepRecord
@@ -43,10 +43,6 @@ BATCHES, PROBES = 0, 1
 
 Evaluator: TypeAlias = Callable[[int | None], Evaluation]
 """Evaluates a version; None stands for the newest."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss is not finite, or stays far above where it was. No update was made from it."""
 
 
 class Trainable(Scorer, Protocol):
@@ -162,7 +158,7 @@ class Trainer:
         Raises:
             InvalidValue: the server's limits do not allow all of the steps to come; none of them is begun.
             TrainingDiverged: a loss is not finite, and no callback made anything of it.
-            ZoActError: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
+            CallFailed: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
                 the adapter.
 
         """

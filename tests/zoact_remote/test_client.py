@@ -15,12 +15,12 @@ from responses import matchers
 
 from zoact_remote import (
     Adapter,
-    AuthenticationError,
     Basis,
     Client,
     Conflict,
     InvalidValue,
     NotFound,
+    PermissionDenied,
     Probe,
     ServerError,
     Side,
@@ -115,7 +115,7 @@ def test_metrics_are_text_beside_the_calls(client: Client, server: responses.Req
     server.get(f"{URL}/metrics", body="zoact_slots 8.0\n")
     assert client.metrics() == "zoact_slots 8.0\n"
     server.replace("GET", f"{URL}/metrics", status=403, json={"error": {"code": "operator_only"}})
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(PermissionDenied):
         client.metrics()
 
 
@@ -268,6 +268,24 @@ def test_a_loss_that_is_not_finite_is_nan(adapter: Adapter, server: responses.Re
     assert math.isnan(losses.base)
     assert math.isnan(losses.losses[0].plus)
     assert adapter.losses([ROW], [Probe(7, 0.5)]).base is None
+
+
+def test_a_side_that_is_not_finite_is_nan(adapter: Adapter, server: responses.RequestsMock) -> None:
+    found = [{"seed": 7, "epsilon": 0.5, "plus": 1.0, "minus": None}]
+    server.post(f"{PATH}/losses", json=LOSSES | {"losses": found})
+    minus = adapter.losses([ROW], [Probe(7, 0.5)]).losses[0].minus
+    assert minus is not None
+    assert math.isnan(minus)
+    assert adapter.losses([ROW], [Probe(7, 0.5, "plus")]).losses[0].minus is None
+
+
+@pytest.mark.parametrize("asked", [[], [Probe(8, 0.5)], [Probe(7, 0.25)], [Probe(7, 0.5), Probe(7, 0.5)]])
+def test_losses_of_other_probes_are_the_servers_fault(
+    adapter: Adapter, server: responses.RequestsMock, asked: list[Probe]
+) -> None:
+    server.post(f"{PATH}/losses", json=LOSSES)
+    with pytest.raises(ServerError, match="not the losses of the probes"):
+        adapter.losses([ROW], asked, base=True)
 
 
 def test_losses_carry_an_update_whose_key_outlives_retries(adapter: Adapter, server: responses.RequestsMock) -> None:

@@ -137,7 +137,10 @@ def test_a_long_wait_is_left_to_the_caller(transport: Transport) -> None:
         (400, "invalid_value", errors.BadRequest),
         (400, "context_length_exceeded", errors.TooLarge),
         (401, "invalid_api_key", errors.AuthenticationError),
-        (403, None, errors.AuthenticationError),
+        (400, "batch_too_large", errors.TooLarge),
+        (403, None, errors.PermissionDenied),
+        (403, "operator_only", errors.PermissionDenied),
+        (403, "limit_exceeded", errors.LimitExceeded),
         (404, "adapter_not_found", errors.NotFound),
         (409, "basis_exists", errors.Conflict),
         (412, "stale_version", errors.StaleVersion),
@@ -146,10 +149,10 @@ def test_a_long_wait_is_left_to_the_caller(transport: Transport) -> None:
         (500, None, errors.ServerError),
     ],
 )
-def test_errors_have_a_type(transport: Transport, status: int, code: str | None, kind: type[errors.ZoActError]) -> None:
+def test_errors_have_a_type(transport: Transport, status: int, code: str | None, kind: type[errors.CallFailed]) -> None:
     error = {"message": "no", "type": "t", "param": "rows[3].prompt", "code": code, "current_version": 9}
     responses.post(INFO, status=status, json={"error": error}, headers={"x-request-id": "r-1"})
-    with pytest.raises(errors.ZoActError) as caught:
+    with pytest.raises(errors.CallFailed) as caught:
         transport.call("POST", "/info", same, json={}, repeatable=True)
     found = caught.value
     assert type(found) is kind

@@ -83,23 +83,18 @@ def reporting(as_json: bool) -> Iterator[Output]:
 
 def describe(error: Exception) -> dict[str, Any] | None:
     """An expected failure as JSON; None for any other, which is a bug."""
-    from zoact_remote.errors import Inconclusive, InvalidValue, ZoActError
+    from zoact_remote.errors import CallFailed, InvalidValue, ZoActError
 
     described = {"message": str(error), "type": type(error).__name__}
-    if isinstance(error, ZoActError):
+    if isinstance(error, CallFailed):
         details = ("code", "param", "status", "request_id")
         return described | {"message": error.message} | {name: getattr(error, name) for name in details}
     if isinstance(error, InvalidValue):
         return described | {"param": error.param}
     if isinstance(error, OSError) and error.filename is not None:
         return described | {"message": f"{error.filename}: {error.strerror}"}
-    if isinstance(error, (CommandFailed, Inconclusive, OSError, json.JSONDecodeError, UnicodeDecodeError)):
-        return described
-
-    from zoact_remote.tasks import RecordError
-    from zoact_remote.training import TrainingDiverged
-
-    return described if isinstance(error, (RecordError, TrainingDiverged)) else None
+    expected = (CommandFailed, ZoActError, OSError, json.JSONDecodeError, UnicodeDecodeError)
+    return described if isinstance(error, expected) else None
 
 
 def _fail(output: Output, described: Mapping[str, Any]) -> None:

@@ -14,9 +14,8 @@ from tests.zoact_remote.cli.support import run, run_json
 from zoact_remote import Client
 from zoact_remote.cli.local_server import free_port
 from zoact_remote.cli.output import CommandFailed, describe
-from zoact_remote.errors import BadRequest, InvalidValue
+from zoact_remote.errors import BadRequest, InvalidValue, TrainingDiverged
 from zoact_remote.tasks import RecordError
-from zoact_remote.training import TrainingDiverged
 
 URL = "http://server:8000"
 
