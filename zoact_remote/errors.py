@@ -143,7 +143,7 @@ _BY_STATUS: dict[int, type[CallFailed]] = {
     413: TooLarge,
     429: RateLimited,
 }
-_BY_CODE: dict[object, type[CallFailed]] = {
+_BY_CODE: dict[str | None, type[CallFailed]] = {
     "batch_too_large": TooLarge,
     "context_length_exceeded": TooLarge,
     "limit_exceeded": LimitExceeded,
@@ -174,7 +174,7 @@ def error_of(status: int, body: Any, *, request_id: str | None, retry_after: flo
         "retry_after": retry_after,
     }
     message = str(error.get("message") or fallback)
-    kind = _BY_CODE.get(code) or _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
+    kind = _BY_CODE.get(details["code"]) or _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
     if kind is StaleVersion:
         return StaleVersion(message, current_version=error.get("current_version"), **details)
     return kind(message, **details)

@@ -8,6 +8,8 @@ A server that has answered before and is then gone (the connection refused or br
 restarted, which takes minutes where it must load a model: it is waited for patiently. A server that never answered is
 given up after a few attempts, since its URL is probably wrong.
 
+Every call that is sent again is logged first ("zoact_remote", as a warning), with the reason and the delay.
+
 Answers name their call by its request id. One that names another call of ours comes from a connection on which answers
 were duplicated: it is thrown away with its connection.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import ipaddress
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -29,6 +32,9 @@ import tenacity
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 
 from zoact_remote.errors import CallFailed, ConnectionFailed, InvalidValue, ServerError, error_of
+
+log = logging.getLogger("zoact_remote")
+log.addHandler(logging.NullHandler())
 
 PREFIX = "/zoact/v1"
 REFUSED = frozenset({429, 503})
@@ -249,6 +255,7 @@ class Transport:
             stop=stop,
             retry=tenacity.retry_if_exception(lambda error: _may_retry(error, repeatable)),
             wait=_wait,
+            before_sleep=_log_wait,
             sleep=self._sleep,
             reraise=True,
         )
@@ -285,6 +292,12 @@ def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, CallFailed) else None
     return BACKOFF(state) if asked is None else asked
+
+
+def _log_wait(state: tenacity.RetryCallState) -> None:
+    assert state.outcome is not None
+    assert state.next_action is not None
+    log.warning("%s; trying again in %.1f s", state.outcome.exception(), state.next_action.sleep)
 
 
 def _was_sent(error: requests.RequestException) -> bool:

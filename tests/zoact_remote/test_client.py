@@ -319,6 +319,28 @@ def test_a_key_of_ones_own_is_kept(adapter: Adapter, server: responses.RequestsM
     assert sent(server)["key"] == "mine"
 
 
+def test_info_follows_our_own_changes(adapter: Adapter, server: responses.RequestsMock) -> None:
+    def answer(version: int, digest: str, applied: bool = True) -> dict[str, Any]:
+        return {"version": version, "digest": digest, "applied": applied}
+
+    def known() -> tuple[int, str | None]:
+        return adapter.version, adapter.info.digest
+
+    server.post(f"{PATH}/updates", json=answer(1, "sha256:1"))
+    adapter.update(Update(0, ()))
+    assert known() == (1, "sha256:1")
+    server.post(f"{PATH}/losses", json=LOSSES)
+    adapter.losses([ROW], [Probe(7, 0.5)], update=Update(4, ()))
+    assert known() == (5, "sha256:3")
+    server.post(f"{PATH}/rollback", json=answer(6, "sha256:1"))
+    adapter.rollback(1, base_version=5)
+    assert known() == (6, "sha256:1")
+    # One that is sent again says what it made at the time.
+    server.replace("POST", f"{PATH}/updates", json=answer(1, "sha256:1", applied=False))
+    adapter.update(Update(0, ()))
+    assert known() == (6, "sha256:1")
+
+
 def test_scores(adapter: Adapter, server: responses.RequestsMock) -> None:
     rows = [{"logprobs": [-1.5, -0.5], "tokens": [1, 1], "loss": 0.3}]
     server.post(f"{PATH}/scores", json={"version": 2, "rows": rows, "loss": 0.3, "tokens": 4})

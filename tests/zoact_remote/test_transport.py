@@ -68,6 +68,23 @@ def test_one_request_id_and_the_key_on_every_attempt(transport: Transport) -> No
 
 
 @responses.activate
+def test_every_wait_is_logged_with_its_reason(
+    transport: Transport, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    error = {"message": "the server is still starting", "code": "not_ready"}
+    responses.get(INFO, status=503, json={"error": error}, headers={"Retry-After": "7"})
+    responses.get(INFO, body=BROKEN_CONNECTION)
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    first, second = caplog.records
+    assert (first.name, first.levelname) == ("zoact_remote", "WARNING")
+    assert first.getMessage().startswith("the server is still starting (503, not_ready, request zoact-")
+    assert first.getMessage().endswith("; trying again in 7.0 s")
+    assert "connection reset" in second.getMessage()
+    assert second.getMessage().endswith(f"; trying again in {waits[1]:.1f} s")
+
+
+@responses.activate
 def test_retries_end(transport: Transport) -> None:
     for _ in range(4):
         responses.get(INFO, status=502)

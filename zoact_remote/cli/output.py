@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,23 @@ class Output:
             self._results.print(part, soft_wrap=isinstance(part, str))
 
 
+class _Notes(logging.Handler):
+    """Shows what the client logs, such as what it waits for."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.note(record.getMessage())
+
+
 @contextmanager
 def reporting(as_json: bool) -> Iterator[Output]:
     """Show an expected failure in one line, or as JSON, and exit with code 1."""
     output = Output(as_json)
+    log, notes = logging.getLogger("zoact_remote"), _Notes(output)
+    log.addHandler(notes)
     try:
         yield output
     except KeyboardInterrupt:
@@ -79,6 +93,8 @@ def reporting(as_json: bool) -> Iterator[Output]:
             raise
         _fail(output, described)
         raise typer.Exit(1) from None
+    finally:
+        log.removeHandler(notes)
 
 
 def describe(error: Exception) -> dict[str, Any] | None:
