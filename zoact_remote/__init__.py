@@ -6,7 +6,7 @@ The server keeps weights, activations, bases and coefficients; the client sends 
 
     task = tasks.BUILTIN["sst2"]
     rows = task.rows(load_records("train.jsonl"))
-    with Client("http://127.0.0.1:8000") as client:
+    with Client() as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
         Trainer(adapter, TwoPoint(), Adam(), schedule=2e-3, rows=rows, steps=400).run()

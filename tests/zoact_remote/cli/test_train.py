@@ -163,4 +163,4 @@ def test_train_is_refused_before_it_begins_if_an_update_would_be_too_long(
     assert error["param"] == "probes"
     assert "4136 terms, beyond the server's max_terms (4096): take 93 at most" in error["message"]
     assert name not in [adapter.name for adapter in client.adapters()]
-    assert not (results_of(name) / "checkpoint.json").exists()
+    assert not results_of(name).exists()
