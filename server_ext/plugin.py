@@ -32,18 +32,20 @@ from server_ext.metrics import Metrics
 from server_ext.routes import health, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
-
-WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
-STATE_VARIABLE = "ZOACT_STATE"
-DEFAULT_STATE = "zoact-state"
-SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
-DEFAULT_SHARE = 1 / 16
+from zoact_remote.extension import (
+    DEFAULT_SHARE,
+    DEFAULT_STATE,
+    PLUGIN,
+    SHARE_VARIABLE,
+    STATE_VARIABLE,
+    WORKER_EXTENSION,
+)
 
 
 class ZoActPlugin:
     """vLLM's ``EndpointPlugin`` protocol."""
 
-    name = "zoact"
+    name = PLUGIN
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
