@@ -13,7 +13,7 @@ With vLLM on two CPU cores a step takes 4 s. The first run printed:
 
 import random
 
-from zoact_remote import Adam, Basis, Client, Rewarded, Row, Trainer, TwoPoint, linear
+from zoact_remote import Adam, Basis, ChatRow, Client, Rewarded, Trainer, TwoPoint, linear
 from zoact_remote.rewards import valid_json
 
 STEPS = 40
@@ -35,7 +35,7 @@ SCHEMA = {
 }
 
 
-def question(draw: random.Random) -> Row:
+def question(draw: random.Random) -> ChatRow:
     facts = {"name": draw.choice(NAMES), "age": draw.randint(19, 70), "city": draw.choice(CITIES)}
     return {
         "messages": [
