@@ -7,11 +7,11 @@ from typing import Any
 
 
 class ZoActError(Exception):
-    """What this package raises of its own: every exception of it is one."""
+    """Base of the library's exceptions."""
 
 
 class InvalidValue(ZoActError, ValueError):
-    """A value that no server would accept, or not this one, found before it was sent.
+    """A value that the server would refuse, found before anything was sent, or that means nothing to the library.
 
     Attributes:
         param: path of the value at fault, such as ``terms[3]``; the same form as :attr:`CallFailed.param`.

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import IO
 
+from zoact_remote.errors import ZoActError
+
 try:
     import fcntl
 except ImportError:
@@ -18,7 +20,7 @@ LOCK = "lock"
 """The file in a directory that is locked, and that says by which process."""
 
 
-class InUse(Exception):
+class InUse(ZoActError):
     """Another process uses the directory: the message says which.
 
     Attributes:
