@@ -41,6 +41,7 @@ from zoact_remote.cli.data import spread
 from zoact_remote.cli.local_server import LocalServer
 from zoact_remote.cli.measure import BATCHES
 from zoact_remote.cli.settings import DEFAULTS
+from zoact_remote.wire import Limits
 
 CHOICES = {"default": (False, False), "epsilon": (True, False), "learning rate": (False, True), "both": (True, True)}
 """What is measured, by name: epsilon, and the learning rate."""
@@ -68,6 +69,9 @@ class Counted:
 
     def rollback(self, version: int) -> UpdateResult:
         return self.adapter.rollback(version)
+
+    def limits(self) -> Limits:
+        return self.adapter.limits()
 
 
 def main() -> None:

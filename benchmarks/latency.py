@@ -37,7 +37,7 @@ from zoact_remote import (
 )
 from zoact_remote.cli.local_server import LocalServer
 from zoact_remote.tasks import BUILTIN, load_jsonl
-from zoact_remote.wire import Scores
+from zoact_remote.wire import Limits, Scores
 
 TICKETS = Path(__file__).parent.parent / "examples" / "data" / "tickets.jsonl"
 WARM_UP = 3
@@ -117,6 +117,9 @@ class TwoCalls:
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         return self._adapter.scores(rows, version=version)
+
+    def limits(self) -> Limits:
+        return self._adapter.limits()
 
 
 def main() -> None:

@@ -19,6 +19,33 @@ from zoact_remote.transport import Transport
 
 STEPS, BATCH = 10_000, 16
 ROWS = [{"prompt": f"Ticket {i}: the parcel never came.", "choices": [" a", " b"], "answer": i % 2} for i in range(384)]
+INFO = {
+    "model": {"name": "none", "digest": "", "dtype": "float32"},
+    "engine": {"name": "none", "version": ""},
+    "noise": {"version": 1, "distributions": ["rademacher", "gaussian"]},
+    "sites": [],
+    "limits": {
+        "max_rank": 64,
+        "max_probes": 256,
+        "max_rows": 1024,
+        "max_row_tokens": 2048,
+        "max_call_tokens": 1 << 20,
+        "max_terms": 4096,
+        "max_choices": 128,
+    },
+}
+ADAPTER = {
+    "name": "bench/state",
+    "version": 0,
+    "rank": 4,
+    "noise": {"distribution": "rademacher", "version": 1},
+    "sites": [],
+    "parameters": 0,
+    "basis": {},
+    "digest": None,
+    "created": "2026-01-01T00:00:00Z",
+    "state": "ready",
+}
 RUNS: list[tuple[str, Estimator, Optimizer]] = [
     ("SGD", TwoPoint(), SGD()),
     ("momentum 0.9", TwoPoint(), SGD(0.9)),
@@ -39,6 +66,8 @@ class Loopback(Transport):
         self.terms = 0
 
     def call(self, method: str, path: str, decode: Callable[[Any], Any], **options: Any) -> Any:
+        if method == "GET":
+            return decode(INFO if path == "/info" else ADAPTER)
         return decode(json.loads(self.answer(json.loads(json.dumps(options["json"])))))
 
     def answer(self, body: dict[str, Any]) -> str:
@@ -68,6 +97,7 @@ def main() -> None:
     for name, estimator, optimizer in RUNS:
         transport = Loopback()
         adapter = Adapter(transport, "bench/state")
+        adapter.refresh()
         history = Trainer(adapter, estimator, optimizer, 1e-3, ROWS, steps=STEPS, batch_size=BATCH).run()
         median = statistics.median(record.seconds for record in history.steps)
         size = len(json.dumps(optimizer.state_dict()))

@@ -3,16 +3,17 @@ r"""Teach a small model to answer in valid JSON, by a reward alone: no example o
 SmolLM2-135M-Instruct, asked for JSON, mostly writes something near it, such as a comma too many before the last brace.
 Start a server first:  zoact serve MODEL
 The reward needs:      pip install 'zoact-remote[json]'
+Run again, this trains the same adapter further; to begin anew:  zoact delete acme/json
 
-With vLLM on two CPU cores a step takes 4 s. One run printed, before and after its steps:
+With vLLM on two CPU cores a step takes 4 s. The first run printed:
 
-    before: mean reward 0.606, 6 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47,\n}'
-    after: mean reward 0.933, 21 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47\n}'
+    version 0: mean reward 0.606, 6 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47,\n}'
+    version 40: mean reward 0.933, 21 of 24 valid, such as '{\n  "name": "Kira",\n  "age": 47\n}'
 """
 
 import random
 
-from zoact_remote import Adam, Basis, Client, Rewarded, Row, Trainer, TwoPoint, linear
+from zoact_remote import Adam, Basis, ChatRow, Client, Rewarded, Trainer, TwoPoint, linear
 from zoact_remote.rewards import valid_json
 
 STEPS = 40
@@ -34,7 +35,7 @@ SCHEMA = {
 }
 
 
-def question(draw: random.Random) -> Row:
+def question(draw: random.Random) -> ChatRow:
     facts = {"name": draw.choice(NAMES), "age": draw.randint(19, 70), "city": draw.choice(CITIES)}
     return {
         "messages": [
@@ -50,8 +51,8 @@ rows = [question(draw) for _ in range(88)]
 training, held_out = rows[:64], rows[64:]
 
 with Client() as client:
-    adapter = client.create_adapter("acme/json", basis=Basis(positions="both"))
-    adapter.calibrate(training)
+    adapter = client.create_adapter("acme/json", basis=Basis(positions="both"), exist_ok=True)
+    adapter.calibrate(training, exist_ok=True)
     writer = Rewarded(adapter, valid_json(SCHEMA), max_tokens=24)
 
     def show(when: str) -> None:
@@ -59,7 +60,7 @@ with Client() as client:
         valid = sum(reward == 1.0 for reward in found.rewards)
         print(f"{when}: mean reward {found.reward:.3f}, {valid} of {len(held_out)} valid, such as {found.texts[0]!r}")
 
-    show("before")
+    show(f"version {adapter.version}")
     Trainer(
         writer,
         TwoPoint(epsilon=2.0**-7),
@@ -70,4 +71,4 @@ with Client() as client:
         batch_size=8,
         callbacks=[lambda run, record: print(f"step {record.step}: mean reward {-record.loss:.3f}", flush=True)],
     ).run()
-    show("after")
+    show(f"version {adapter.version}")

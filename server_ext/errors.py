@@ -7,6 +7,8 @@ from typing import Any
 from server_ext.logs import log
 
 STORAGE_RETRY_S = 5
+BATCH_TOO_LARGE = "batch_too_large"
+"""The code of a call that asks for more at once than a call may."""
 
 
 class ApiError(Exception):

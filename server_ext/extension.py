@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 
 from server_ext.worker import ZoActWorker
+from zoact_remote.extension import PLUGIN
 
 __all__ = ["ZoActWorker", "check_plugins"]
-
-PLUGIN = "zoact"
 
 
 def check_plugins(allowed: str | None) -> None:

@@ -3,42 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
-from collections.abc import Callable
 
 import torch
 
+from zoact_remote.cache import Cache
 from zoact_remote.layout import Layout
 from zoact_remote.noise import LANES, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, STREAMS, Distribution
 
 _MASK32 = 0xFFFFFFFF
 
 
-class DrawCache:
-    """What draws are made of by seed, for many adapters together; what has gone unused longest goes first.
+DrawCache = Cache[torch.Tensor]
+"""What draws are made of by seed, for many adapters together.
 
-    A seed is drawn again and again: on both sides of its probe, and in every update whose window of past probes it
-    stands in. Of a Rademacher draw Philox's words are kept, one bit a coefficient and most of the work; of a Gaussian
-    one its values, which take as much room as the words.
-    """
-
-    def __init__(self, limit: int) -> None:
-        """``limit``: bytes held at most."""
-        self._limit = limit
-        self._held = 0
-        self._kept: OrderedDict[tuple[object, int], torch.Tensor] = OrderedDict()
-
-    def get(self, owner: object, seed: int, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What an owner keeps for a seed, made if it is not held. It must not be changed."""
-        key = (owner, seed)
-        if key in self._kept:
-            self._kept.move_to_end(key)
-            return self._kept[key]
-        made = self._kept[key] = make()
-        self._held += made.nbytes
-        while self._held > self._limit:
-            self._held -= self._kept.popitem(last=False)[1].nbytes
-        return made
+A seed is drawn again and again: on both sides of its probe, and in every update whose window of past probes it stands
+in. Of a Rademacher draw Philox's words are kept, one bit a coefficient and most of the work; of a Gaussian one its
+values, which take as much room as the words.
+"""
 
 
 class Noise:
@@ -71,9 +52,9 @@ class Noise:
     def draw(self, seed: int, scale: float = 1.0) -> torch.Tensor:
         """``scale Z(seed)``: float32 ``[layout.size]``, gaps zero. The scale is rounded to float32 first."""
         if self.distribution == "rademacher":
-            flat = self._signs(self._cache.get(self, seed, lambda: self._words(seed)), scale)
+            flat = self._signs(self._cache.get((self, seed), lambda: self._words(seed)), scale)
         else:
-            flat = self._cache.get(self, seed, lambda: self._normals(self._words(seed))) * float32(scale)
+            flat = self._cache.get((self, seed), lambda: self._normals(self._words(seed))) * float32(scale)
         return close_gaps(flat, self.layout)
 
     def _words(self, seed: int) -> torch.Tensor:

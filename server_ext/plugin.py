@@ -32,19 +32,22 @@ from server_ext.metrics import Metrics
 from server_ext.routes import health, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
+from zoact_remote.extension import (
+    DEFAULT_SHARE,
+    DEFAULT_STATE,
+    PLUGIN,
+    SHARE_VARIABLE,
+    STATE_VARIABLE,
+    WORKER_EXTENSION,
+)
 
-WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
-STATE_VARIABLE = "ZOACT_STATE"
-DEFAULT_STATE = "zoact-state"
-SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
-DEFAULT_SHARE = 1 / 16
 LOOPBACK = "127.0.0.1"
 
 
 class ZoActPlugin:
     """vLLM's ``EndpointPlugin`` protocol."""
 
-    name = "zoact"
+    name = PLUGIN
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:

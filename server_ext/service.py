@@ -19,7 +19,7 @@ from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
 from server_ext.engines.base import CalibrationRow, Engine, GeneratedText
-from server_ext.errors import ApiError, invalid
+from server_ext.errors import BATCH_TOO_LARGE, ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
 from server_ext.importing import read_lora
@@ -207,7 +207,8 @@ class Service:
         started = time.perf_counter()
         adapter = self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
-            raise invalid("probes", f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}")
+            message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
+            raise invalid("probes", message, BATCH_TOO_LARGE)
         sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
         rows = await self._tokeniser.rows(ask.rows, caller.limits, points=sides)
         result = None

@@ -6,8 +6,6 @@ exists, so they are on disk before the journal speaks of them.
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from server_ext.snapshots import Snapshots
 from zoact_remote.digest import basis_digest
 from zoact_remote.files import PARTIAL
 from zoact_remote.layout import Layout
+from zoact_remote.locks import InUse, lock
 
 SUFFIX = ".safetensors"
 
@@ -42,11 +41,14 @@ class StateFiles:
         directory.mkdir(parents=True, exist_ok=True)
         self.snapshots = Snapshots(directory / "snapshots", snapshot_every)
         self._directory = directory
-        self._lock = _lock(directory)
+        try:
+            self._lock = lock(directory)
+        except InUse as error:
+            raise ValueError(f"another server uses {directory} ({error})") from None
 
     def close(self) -> None:
         """Lets other servers in."""
-        os.close(self._lock)
+        self._lock.close()
 
     def write_basis(self, key: str, basis: dict[str, NDArray[np.float32]]) -> None:
         """Writes a basis: float32 ``[in_features, rank]`` by input."""
@@ -102,14 +104,3 @@ class StateFiles:
 
     def _import(self, key: str) -> Path:
         return self._directory / "imports" / f"{key}{SUFFIX}"
-
-
-def _lock(directory: Path) -> int:
-    """A file descriptor that keeps other servers out while it is open, and no longer than this process lives."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"another server uses {directory}") from None
-    return descriptor

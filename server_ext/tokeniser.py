@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from server_ext.engines.base import Engine
-from server_ext.errors import invalid
+from server_ext.errors import BATCH_TOO_LARGE, invalid
 from server_ext.rows import TokenRow, Tokens, chat_text, contexts_of, tokenise, tokenise_rows
 from server_ext.schemas import AskGeneration, Row, TenantLimits
 
@@ -36,7 +36,8 @@ class Tokeniser:
 
         """
         if len(rows) > limits.max_rows:
-            raise invalid("rows", f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}")
+            message = f"at most max_rows ({limits.max_rows}) a call, got {len(rows)}"
+            raise invalid("rows", message, BATCH_TOO_LARGE)
         return await self._run(self._rows, rows, limits.max_call_tokens, points)
 
     def _rows(self, rows: Sequence[Row], most: int, points: int) -> list[TokenRow]:
@@ -49,7 +50,8 @@ class Tokeniser:
             tokens += points * sum(len(context.tokens) for context in contexts_of(row))
             # Here, so that what is refused has not all been tokenised first.
             if tokens > most:
-                raise invalid("rows", f"more tokens over all sides than max_call_tokens ({most}) a call")
+                message = f"more tokens over all sides than max_call_tokens ({most}) a call"
+                raise invalid("rows", message, BATCH_TOO_LARGE)
             found.append(row)
         return found
 

@@ -6,7 +6,7 @@ The server keeps weights, activations, bases and coefficients; the client sends 
 
     task = tasks.BUILTIN["sst2"]
     rows = task.rows(load_records("train.jsonl"))
-    with Client("http://127.0.0.1:8000") as client:
+    with Client() as client:
         adapter = client.create_adapter("acme/sentiment", rank=4)
         adapter.calibrate(rows[:64])
         Trainer(adapter, TwoPoint(), Adam(), schedule=2e-3, rows=rows, steps=400).run()
@@ -28,15 +28,19 @@ if TYPE_CHECKING:
     from zoact_remote.errors import (
         AuthenticationError,
         BadRequest,
+        CallFailed,
         Conflict,
         ConnectionFailed,
         Inconclusive,
         InvalidValue,
+        LimitExceeded,
         NotFound,
+        PermissionDenied,
         RateLimited,
         ServerError,
         StaleVersion,
         TooLarge,
+        TrainingDiverged,
         ZoActError,
     )
     from zoact_remote.estimators import FZOO, Estimate, Estimator, ForwardDifference, LeaveOneOut, TwoPoint
@@ -52,11 +56,15 @@ if TYPE_CHECKING:
     from zoact_remote.tasks import Example, Record, RecordError, Task, load_jsonl, load_records
     from zoact_remote.tenants import Tenant
     from zoact_remote.together import train_together
-    from zoact_remote.training import Trainer, TrainingDiverged
+    from zoact_remote.training import Trainer
     from zoact_remote.wire import (
         AdapterInfo,
         Basis,
+        ChatRow,
+        ChoicesRow,
+        CompletionRow,
         Info,
+        Limits,
         Losses,
         Normaliser,
         Probe,
@@ -77,15 +85,19 @@ _NAMES = {
     "errors": (
         "AuthenticationError",
         "BadRequest",
+        "CallFailed",
         "Conflict",
         "ConnectionFailed",
         "Inconclusive",
         "InvalidValue",
+        "LimitExceeded",
         "NotFound",
+        "PermissionDenied",
         "RateLimited",
         "ServerError",
         "StaleVersion",
         "TooLarge",
+        "TrainingDiverged",
         "ZoActError",
     ),
     "estimators": ("Estimate", "Estimator", "FZOO", "ForwardDifference", "LeaveOneOut", "TwoPoint"),
@@ -101,11 +113,15 @@ _NAMES = {
     "tasks": ("Example", "Record", "RecordError", "Task", "load_jsonl", "load_records"),
     "tenants": ("Tenant",),
     "together": ("train_together",),
-    "training": ("Trainer", "TrainingDiverged"),
+    "training": ("Trainer",),
     "wire": (
         "AdapterInfo",
         "Basis",
+        "ChatRow",
+        "ChoicesRow",
+        "CompletionRow",
         "Info",
+        "Limits",
         "Losses",
         "Normaliser",
         "Probe",
@@ -129,8 +145,12 @@ __all__ = [
     "AuthenticationError",
     "BadRequest",
     "Basis",
+    "CallFailed",
     "Callback",
+    "ChatRow",
+    "ChoicesRow",
     "Client",
+    "CompletionRow",
     "Conflict",
     "ConnectionFailed",
     "EarlyStopping",
@@ -147,11 +167,14 @@ __all__ = [
     "Info",
     "InvalidValue",
     "LeaveOneOut",
+    "LimitExceeded",
+    "Limits",
     "LiveCurve",
     "Losses",
     "Normaliser",
     "NotFound",
     "Optimizer",
+    "PermissionDenied",
     "PipelinedTrainer",
     "Probe",
     "RangeTest",

@@ -6,18 +6,18 @@ import copy
 import math
 import os
 import shutil
-import tarfile
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote
 
 from zoact_remote.audit import Audit, audit
-from zoact_remote.errors import Conflict, InvalidValue, ServerError
-from zoact_remote.exports import ABOUT, CONFIG, TENSORS, read_coefficients, read_halves
+from zoact_remote.errors import Conflict, InvalidValue
+from zoact_remote.exports import ABOUT, read_coefficients, read_halves, unpack
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.merge import merge
 from zoact_remote.model_digest import model_digest
@@ -28,6 +28,7 @@ from zoact_remote.wire import (
     Generation,
     Info,
     JournalEntry,
+    Limits,
     Losses,
     Probe,
     Row,
@@ -37,16 +38,14 @@ from zoact_remote.wire import (
     UpdateResult,
 )
 
-EXPORTED = (CONFIG, TENSORS, ABOUT)
-"""Files of an export."""
-
 
 class Adapter:
     """One adapter on a server. Made by :meth:`Client.adapter` and :meth:`Client.create_adapter`.
 
     Attributes:
         name: ``tenant/adapter``.
-        info: what the server last said about it; :meth:`refresh` asks anew.
+        info: what the server last said about it, with the newest version and its digest as this object's own updates
+            and rollbacks leave them; :meth:`refresh` asks anew.
 
     """
 
@@ -56,6 +55,7 @@ class Adapter:
         self.name = name
         self._path = adapter_path(name)
         self._transport = transport
+        self._lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"<Adapter {self.name} at {self._transport.url}>"
@@ -76,6 +76,15 @@ class Adapter:
         """Ask the server about the adapter; the answer is kept as :attr:`info`."""
         self.info = self._transport.call("GET", self._path, AdapterInfo.from_json, repeatable=True)
         return self.info
+
+    @property
+    def version(self) -> int:
+        """The newest version, as far as :attr:`info` knows."""
+        return self.info.version
+
+    def limits(self) -> Limits:
+        """What one call may ask of the server."""
+        return self._server_info().limits
 
     def layout(self) -> Layout:
         """Where its coefficients lie in the flat buffer of :mod:`zoact_remote.replay`."""
@@ -126,8 +135,11 @@ class Adapter:
 
         Raises:
             StaleVersion: the update's base version is not the newest one; nothing was changed.
+            NotFound: there is no such version.
             Conflict: the adapter has no basis yet, or the update's key was used for another update.
-            TooLarge: a row or the batch exceeds a limit.
+            TooLarge: a row is longer than the model's context, or there are more rows, tokens or probes than a call may
+                have; nothing was changed.
+            ServerError: the answer is not one to these probes.
 
         """
         body = {
@@ -140,10 +152,19 @@ class Adapter:
 
         def read(data: Any) -> Losses:
             losses = Losses.from_json(data)
-            # JSON has no NaN, so a loss that is not finite comes as null; only here is it known that one was asked for.
-            return replace(losses, base=math.nan) if base and losses.base is None else losses
+            if [(loss.seed, loss.epsilon) for loss in losses.losses] != [(p.seed, p.epsilon) for p in probes]:
+                raise ValueError("these are not the losses of the probes that were asked for")
+            # JSON has no NaN, so a loss that is not finite comes as null; only here is it known which were asked for.
+            found = tuple(
+                replace(loss, minus=math.nan) if probe.sides == "both" and loss.minus is None else loss
+                for probe, loss in zip(probes, losses.losses, strict=True)
+            )
+            return replace(losses, losses=found, base=math.nan if base and losses.base is None else losses.base)
 
-        return self._transport.call("POST", f"{self._path}/losses", read, json=body, repeatable=True)
+        losses = self._transport.call("POST", f"{self._path}/losses", read, json=body, repeatable=True)
+        if losses.update is not None:
+            self._note(losses.update)
+        return losses
 
     def update(self, update: Update) -> UpdateResult:
         """Apply an update.
@@ -156,7 +177,9 @@ class Adapter:
 
         """
         body = _keyed(update).to_json()
-        return self._transport.call("POST", f"{self._path}/updates", UpdateResult.from_json, json=body, repeatable=True)
+        return self._note(
+            self._transport.call("POST", f"{self._path}/updates", UpdateResult.from_json, json=body, repeatable=True)
+        )
 
     def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return to a version: make a new one whose coefficients are those of an earlier one, bit for bit.
@@ -177,8 +200,8 @@ class Adapter:
         if base_version is None:
             base_version = self.refresh().version
         body = {"base_version": base_version, "to_version": version, "key": key or uuid.uuid4().hex}
-        return self._transport.call(
-            "POST", f"{self._path}/rollback", UpdateResult.from_json, json=body, repeatable=True
+        return self._note(
+            self._transport.call("POST", f"{self._path}/rollback", UpdateResult.from_json, json=body, repeatable=True)
         )
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None, probe: Side | None = None) -> Scores:
@@ -303,7 +326,7 @@ class Adapter:
         with tempfile.TemporaryFile() as archive:
             self._transport.download(f"{self._path}/export", archive, params={"version": version, "dtype": dtype})
             archive.seek(0)
-            _unpack(archive, target)
+            unpack(archive, target)
         return target
 
     def export_merged(
@@ -349,6 +372,13 @@ class Adapter:
         """Delete the adapter, its coefficients and its journal. There is no way back."""
         self._transport.call("DELETE", self._path, lambda answer: None, repeatable=False)
 
+    def _note(self, made: UpdateResult) -> UpdateResult:
+        with self._lock:
+            # One that was applied before may be older than what is known.
+            if made.version > self.info.version:
+                self.info = replace(self.info, version=made.version, digest=made.digest)
+        return made
+
     def _server_info(self) -> Info:
         return self._transport.call("GET", "/info", Info.from_json, repeatable=True)
 
@@ -370,20 +400,3 @@ def _keyed(update: Update) -> Update:
 
 def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [dict(row) for row in rows]
-
-
-def _unpack(archive: IO[bytes], target: Path) -> None:
-    """Unpack the files that an export consists of, all of them or none; other members are passed over."""
-    with tempfile.TemporaryDirectory(dir=target) as scratch:
-        try:
-            with tarfile.open(fileobj=archive) as tar:
-                for name in EXPORTED:
-                    source = tar.extractfile(name)
-                    if source is None:
-                        raise KeyError(f"{name} is not a file")
-                    with source, open(Path(scratch, name), "wb") as file:
-                        shutil.copyfileobj(source, file)
-        except (tarfile.TarError, KeyError) as error:
-            raise ServerError(f"the export could not be unpacked: {error}") from error
-        for name in EXPORTED:
-            os.replace(Path(scratch, name), target / name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoact_remote.adapter import Adapter, adapter_path
-from zoact_remote.errors import Conflict, ConnectionFailed, TooLarge, ZoActError
+from zoact_remote.errors import CallFailed, Conflict, ConnectionFailed, TooLarge
 from zoact_remote.exports import pack
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
@@ -97,7 +97,7 @@ class Client:
             timeout: seconds.
 
         Raises:
-            ZoActError: the last failure, if the server does not answer in time; at once, if it answers with an error
+            CallFailed: the last failure, if the server does not answer in time; at once, if it answers with an error
                 other than that it is busy.
 
         """
@@ -105,7 +105,7 @@ class Client:
         while True:
             try:
                 return self._transport.call("GET", "/info", Info.from_json, repeatable=True, once=True)
-            except ZoActError as error:
+            except CallFailed as error:
                 waiting = isinstance(error, ConnectionFailed) or error.status in REFUSED
                 if not waiting or time.monotonic() + POLL_S > deadline:
                     raise
@@ -204,7 +204,7 @@ class Client:
         Raises:
             Conflict: there is an adapter of that name.
             BadRequest: the LoRA does not fit the model, or does what an adapter cannot;
-                :attr:`~zoact_remote.errors.ZoActError.param` says what of it.
+                :attr:`~zoact_remote.errors.CallFailed.param` says what of it.
             TooLarge: it is longer than what the server takes in one call.
 
         """

@@ -1,4 +1,4 @@
-"""What can go wrong in a call, as one exception class per remedy."""
+"""What can go wrong, as one exception class per remedy."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 
-class InvalidValue(ValueError):
-    """A value that no server would accept, found before anything was sent.
+class ZoActError(Exception):
+    """Base of the library's exceptions."""
+
+
+class InvalidValue(ZoActError, ValueError):
+    """A value that the server would refuse, found before anything was sent, or that means nothing to the library.
 
     Attributes:
-        param: path of the value at fault, such as ``terms[3]``; the same form as :attr:`ZoActError.param`.
+        param: path of the value at fault, such as ``terms[3]``; the same form as :attr:`CallFailed.param`.
 
     """
 
@@ -19,11 +23,15 @@ class InvalidValue(ValueError):
         self.param = param
 
 
-class Inconclusive(RuntimeError):
+class Inconclusive(ZoActError, RuntimeError):
     """Losses do not show what was to be measured with them."""
 
 
-class ZoActError(Exception):
+class TrainingDiverged(ZoActError, RuntimeError):
+    """A loss is not finite, or stays far above where it was. No update was made from it."""
+
+
+class CallFailed(ZoActError):
     """A call that failed.
 
     Attributes:
@@ -61,27 +69,38 @@ class ZoActError(Exception):
         return f"{self.message} ({', '.join(notes)})" if notes else self.message
 
 
-class BadRequest(ZoActError):
+class BadRequest(CallFailed):
     """The call is at fault; sending it again will not help."""
 
 
 class TooLarge(BadRequest):
-    """A row, a batch or an update exceeds a limit of the server (see :attr:`zoact_remote.wire.Info.limits`)."""
+    """A row is longer than the model's context, or a call has too many rows, tokens, probes or bytes: send less.
+
+    What a call may have is in :attr:`zoact_remote.wire.Info.limits`.
+    """
 
 
-class AuthenticationError(ZoActError):
-    """The API key is missing or wrong, or does not own the adapter."""
+class AuthenticationError(CallFailed):
+    """The API key is missing or wrong."""
 
 
-class NotFound(ZoActError):
+class PermissionDenied(CallFailed):
+    """The API key is good, but not for this: it is for the operator, or for another tenant."""
+
+
+class LimitExceeded(CallFailed):
+    """The tenant has as many adapters, or coefficients, as it may have: delete some, or ask the operator for more."""
+
+
+class NotFound(CallFailed):
     """No such adapter, or no such version of it."""
 
 
-class Conflict(ZoActError):
+class Conflict(CallFailed):
     """The adapter's state forbids the call: it exists already, or its basis does or does not."""
 
 
-class StaleVersion(ZoActError):
+class StaleVersion(CallFailed):
     """An update's base version is not the newest one: someone else has updated the adapter. Nothing was changed.
 
     Attributes:
@@ -94,15 +113,15 @@ class StaleVersion(ZoActError):
         self.current_version = current_version
 
 
-class RateLimited(ZoActError):
+class RateLimited(CallFailed):
     """The server has too much to do, and still did after all retries."""
 
 
-class ServerError(ZoActError):
+class ServerError(CallFailed):
     """The server failed, or its answer could not be understood."""
 
 
-class ConnectionFailed(ZoActError):
+class ConnectionFailed(CallFailed):
     """No complete answer came.
 
     Attributes:
@@ -115,18 +134,24 @@ class ConnectionFailed(ZoActError):
         self.sent = sent
 
 
-_BY_STATUS: dict[int, type[ZoActError]] = {
+_BY_STATUS: dict[int, type[CallFailed]] = {
     401: AuthenticationError,
-    403: AuthenticationError,
+    403: PermissionDenied,
     404: NotFound,
     409: Conflict,
     412: StaleVersion,
     413: TooLarge,
     429: RateLimited,
 }
+_BY_CODE: dict[str | None, type[CallFailed]] = {
+    "batch_too_large": TooLarge,
+    "context_length_exceeded": TooLarge,
+    "limit_exceeded": LimitExceeded,
+}
+"""Where the status says too little."""
 
 
-def error_of(status: int, body: Any, *, request_id: str | None, retry_after: float | None, fallback: str) -> ZoActError:
+def error_of(status: int, body: Any, *, request_id: str | None, retry_after: float | None, fallback: str) -> CallFailed:
     """The exception for an answer that is not a success.
 
     Args:
@@ -149,9 +174,7 @@ def error_of(status: int, body: Any, *, request_id: str | None, retry_after: flo
         "retry_after": retry_after,
     }
     message = str(error.get("message") or fallback)
-    kind = _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
+    kind = _BY_CODE.get(details["code"]) or _BY_STATUS.get(status, ServerError if status >= 500 else BadRequest)
     if kind is StaleVersion:
         return StaleVersion(message, current_version=error.get("current_version"), **details)
-    if code == "context_length_exceeded":
-        kind = TooLarge
     return kind(message, **details)

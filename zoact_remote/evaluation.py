@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from zoact_remote import metrics
-from zoact_remote.errors import BadRequest, InvalidValue
+from zoact_remote.errors import BadRequest, InvalidValue, TooLarge
 from zoact_remote.tasks import Example, Task
 from zoact_remote.threads import side_by_side
 from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
@@ -22,8 +22,6 @@ from zoact_remote.wire import Generation, Json, Row, RowScore, Scores
 Progress: TypeAlias = Callable[[int, int], None]
 
 _ROW = re.compile(r"^rows\[(\d+)\]")
-
-REQUEST_TOO_LARGE = "request_too_large"
 
 
 class Scorer(Protocol):
@@ -137,7 +135,7 @@ def evaluate(
 
     Raises:
         InvalidValue: there are no rows, or ``rows_per_call`` is less than 1.
-        BadRequest: a row is at fault; :attr:`~zoact_remote.errors.ZoActError.param` names it by its place in ``rows``.
+        BadRequest: a row is at fault; :attr:`~zoact_remote.errors.CallFailed.param` names it by its place in ``rows``.
 
     """
     if not rows:
@@ -262,7 +260,7 @@ def generate_texts(
         progress: called after each text with the texts done and the texts in all.
 
     Raises:
-        BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+        BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
     """
 
@@ -307,10 +305,9 @@ def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per
         try:
             with renamed(partial(_shifted, start)):
                 scores = adapter.scores(batch, version=version)
-        except BadRequest as error:
+        except TooLarge as error:
             # Whether rows are too much together, by number, tokens or bytes, is known to the server alone.
-            too_much = error.param == "rows" or error.code == REQUEST_TOO_LARGE
-            if not too_much or len(batch) == 1:
+            if error.param not in (None, "rows") or len(batch) == 1:
                 raise
             rows_per_call = math.ceil(len(batch) / 2)
             continue

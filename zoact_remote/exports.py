@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import tarfile
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoact_remote.errors import InvalidValue
+from zoact_remote.errors import InvalidValue, ServerError
 from zoact_remote.layout import Layout, Site
 from zoact_remote.tensors import read_tensors
 
@@ -19,6 +22,8 @@ CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 ABOUT = "zoact.json"
 """What the server says of the export: adapter, version and digests. No part of PEFT's format."""
+EXPORTED = (CONFIG, TENSORS, ABOUT)
+"""Files of an export."""
 
 
 def pack(directory: Path) -> bytes:
@@ -28,11 +33,33 @@ def pack(directory: Path) -> bytes:
         InvalidValue: a file of it is missing.
 
     """
-    paths = {name: directory / name for name in (CONFIG, TENSORS, ABOUT)}
+    paths = {name: directory / name for name in EXPORTED}
     for name in (CONFIG, TENSORS):
         if not paths[name].is_file():
             raise InvalidValue(str(directory), f"holds no {name}; a LoRA is a PEFT directory, in safetensors")
     return tar_of({name: path.read_bytes() for name, path in paths.items() if path.is_file()})
+
+
+def unpack(archive: IO[bytes], target: Path) -> None:
+    """Unpack an export into a directory, all files of it or none; other members are passed over.
+
+    Raises:
+        ServerError: it is no tar archive, or a file is missing.
+
+    """
+    with tempfile.TemporaryDirectory(dir=target) as scratch:
+        try:
+            with tarfile.open(fileobj=archive) as tar:
+                for name in EXPORTED:
+                    source = tar.extractfile(name)
+                    if source is None:
+                        raise KeyError(f"{name} is not a file")
+                    with source, open(Path(scratch, name), "wb") as file:
+                        shutil.copyfileobj(source, file)
+        except (tarfile.TarError, KeyError) as error:
+            raise ServerError(f"the export could not be unpacked: {error}") from error
+        for name in EXPORTED:
+            os.replace(Path(scratch, name), target / name)
 
 
 def tar_of(files: Mapping[str, bytes]) -> bytes:

@@ -20,8 +20,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zoact_remote.callbacks import Callback
-from zoact_remote.errors import InvalidValue
-from zoact_remote.training import TrainingDiverged
+from zoact_remote.errors import InvalidValue, TrainingDiverged
 
 if TYPE_CHECKING:
     from zoact_remote.training import Trainer
@@ -58,7 +57,7 @@ class Guard(Callback):
         patience: losses in a row above it, at least 2.
         factor: that the learning rate is multiplied by each time, greater than 0 and below 1.
         limit: times that a run is taken back; the next time it ends with
-            :class:`~zoact_remote.training.TrainingDiverged`.
+            :class:`~zoact_remote.errors.TrainingDiverged`.
 
     """
 

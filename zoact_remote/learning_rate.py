@@ -22,8 +22,9 @@ import numpy as np
 
 from zoact_remote.errors import Inconclusive, InvalidValue
 from zoact_remote.estimators import Estimator
+from zoact_remote.limits import check_limits
 from zoact_remote.optimizers import Optimizer
-from zoact_remote.wire import Losses, Probe, Row, Update, UpdateResult
+from zoact_remote.wire import Limits, Losses, Probe, Row, Update, UpdateResult
 
 SHARE = 0.25
 """Of the rate that breaks even."""
@@ -50,6 +51,10 @@ class Revertible(Protocol):
 
     def rollback(self, version: int) -> UpdateResult:
         """Return to a version."""
+        ...
+
+    def limits(self) -> Limits:
+        """What a step may ask for."""
         ...
 
 
@@ -111,14 +116,16 @@ def find_learning_rate(
         seed: of the probes; at least 0.
 
     Raises:
+        InvalidValue: an argument is out of its bounds, or the server's limits do not allow all steps; none is begun.
         Inconclusive: a loss is not finite before the first update.
-        ZoActError: a call failed.
+        CallFailed: a call failed.
 
     """
     if not 0.0 < low < high < math.inf:
         raise InvalidValue("low", f"must be greater than 0 and below high, got {low:g} and {high:g}")
     if steps < 2:
         raise InvalidValue("steps", f"must be at least 2, got {steps}")
+    check_limits(adapter.limits(), estimator, optimizer, steps)
     words = np.random.PCG64(np.random.SeedSequence(seed, spawn_key=(STREAM,)))
 
     def measure(version: int | None, update: Update | None) -> tuple[Losses, float]:

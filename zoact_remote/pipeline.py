@@ -14,17 +14,19 @@ next two steps probe that version, as the first two do the first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
-from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
-from zoact_remote.errors import InvalidValue, StaleVersion
-from zoact_remote.estimators import Ask
+from zoact_remote.callbacks import Callback
+from zoact_remote.errors import StaleVersion
+from zoact_remote.estimators import Ask, Estimator
 from zoact_remote.history import History, StepRecord
-from zoact_remote.training import Trainer
-from zoact_remote.wire import Json, Losses, Rollback, Update
+from zoact_remote.optimizers import Optimizer
+from zoact_remote.schedules import Schedule
+from zoact_remote.training import Evaluator, Trainable, Trainer
+from zoact_remote.wire import Json, Losses, Rollback, Row, Update
 
 
 class PipelinedTrainer(Trainer):
@@ -37,16 +39,45 @@ class PipelinedTrainer(Trainer):
     Nothing else may change the adapter meanwhile.
     """
 
-    _earlier: Update | None = None
-    """The update before the pending one, until it is known to be applied."""
-    _start: int = 0
-    """The version that steps have overlapped from: the first one, or that which a rollback made."""
-    _threads: Executor
+    kind: ClassVar[str] = "pipelined"
 
-    @cached_property
-    def _calls(self) -> dict[int, Future[Losses]]:
+    def __init__(
+        self,
+        adapter: Trainable,
+        estimator: Estimator,
+        optimizer: Optimizer,
+        schedule: Schedule | float,
+        rows: Sequence[Row],
+        *,
+        steps: int,
+        batch_size: int = 16,
+        seed: int = 0,
+        eval_rows: Sequence[Row] = (),
+        eval_every: int | None = None,
+        evaluator: Evaluator | None = None,
+        callbacks: Sequence[Callback | Callable[[Trainer, StepRecord], None]] = (),
+    ) -> None:
+        super().__init__(
+            adapter,
+            estimator,
+            optimizer,
+            schedule,
+            rows,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            eval_rows=eval_rows,
+            eval_every=eval_every,
+            evaluator=evaluator,
+            callbacks=callbacks,
+        )
+        self._threads: Executor
+        self._calls: dict[int, Future[Losses]] = {}
         """The steps whose losses have been asked for and not been used."""
-        return {}
+        self._earlier: Update | None = None
+        """The update before the pending one, until it is known to be applied."""
+        self._start = 0
+        """The version that steps have overlapped from: the first one, or that which a rollback made."""
 
     def run(self) -> History:
         """See :meth:`Trainer.run`."""
@@ -81,14 +112,7 @@ class PipelinedTrainer(Trainer):
         return super().state_dict() | {"earlier": earlier, "start": self._start}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Trainer.load_state_dict`.
-
-        Raises:
-            InvalidValue: also if the state is of a plain trainer.
-
-        """
-        if "earlier" not in state:
-            raise InvalidValue("earlier", "is missing in the saved state, which is not of a pipelined run")
+        """See :meth:`Trainer.load_state_dict`."""
         super().load_state_dict(state)
         self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
         self._start = state["start"]

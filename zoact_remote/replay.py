@@ -11,13 +11,13 @@ reached by the updates of its :func:`lineage` alone.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zoact_remote.cache import Cache
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution, draw
 from zoact_remote.wire import Update
@@ -90,9 +90,7 @@ class Replayer:
     def __init__(self, layout: Layout, distribution: Distribution, limit: int = 1 << 28) -> None:
         self._layout = layout
         self._distribution = distribution
-        self._limit = limit
-        self._held = 0
-        self._kept: OrderedDict[int, NDArray[Any]] = OrderedDict()
+        self._kept: Cache[NDArray[Any]] = Cache(limit)
 
     def apply(self, flat: NDArray[np.float32], update: Update) -> NDArray[np.float32]:
         """See :func:`apply_update`."""
@@ -112,25 +110,18 @@ class Replayer:
         return flat
 
     def _direction(self, seed: int) -> NDArray[np.float32]:
-        if seed in self._kept:
-            self._kept.move_to_end(seed)
-            return self._unpacked(self._kept[seed])
-        flat = direction(self._layout, self._distribution, seed)
-        packed = self._kept[seed] = np.packbits(flat < 0) if self._distribution == "rademacher" else flat
-        self._held += packed.nbytes
-        while self._held > self._limit:
-            self._held -= self._kept.popitem(last=False)[1].nbytes
-        return flat
-
-    def _unpacked(self, packed: NDArray[Any]) -> NDArray[np.float32]:
         if self._distribution != "rademacher":
-            return packed
+            return self._kept.get(seed, lambda: self._drawn(seed))
+        packed = self._kept.get(seed, lambda: np.packbits(self._drawn(seed) < 0))
         flat = np.unpackbits(packed, count=self._layout.size).astype(np.float32)
         flat *= -2.0
         flat += 1.0
         for start, stop in self._layout.gaps:
             flat[start:stop] = 0.0
         return flat
+
+    def _drawn(self, seed: int) -> NDArray[np.float32]:
+        return direction(self._layout, self._distribution, seed)
 
 
 def apply_update(

@@ -8,8 +8,9 @@ adapter with a reward is trained as an adapter with losses is, by the same estim
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +18,19 @@ import numpy as np
 from zoact_remote.errors import InvalidValue
 from zoact_remote.evaluation import Progress, renamed
 from zoact_remote.threads import side_by_side
-from zoact_remote.wire import Generation, Losses, Probe, ProbeLoss, Row, RowScore, Scores, Side, Update, UpdateResult
+from zoact_remote.wire import (
+    Generation,
+    Limits,
+    Losses,
+    Probe,
+    ProbeLoss,
+    Row,
+    RowScore,
+    Scores,
+    Side,
+    Update,
+    UpdateResult,
+)
 
 Reward: TypeAlias = Callable[[Row, str], float]
 """What a text is worth as the answer to a row: the more, the better. It is called from several threads at once."""
@@ -60,6 +73,10 @@ class Writer(Protocol):
 
     def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return to a version, as a new one."""
+        ...
+
+    def limits(self) -> Limits:
+        """What one call may ask for."""
         ...
 
 
@@ -135,7 +152,7 @@ class Rewarded:
         Raises:
             InvalidValue: there are no rows, or neither probes nor ``base``; ``version`` is not the one that the update
                 leads to; a reward is not finite.
-            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
         sides: list[Side | None] = [
@@ -174,7 +191,7 @@ class Rewarded:
 
         Raises:
             InvalidValue: there are no rows, or a reward is not finite.
-            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.ZoActError.param` names.
+            BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
         (found,) = self._judge(rows, [None], version, progress)
@@ -197,6 +214,10 @@ class Rewarded:
     def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         """Return the adapter to a version."""
         return self.adapter.rollback(version, base_version=base_version, key=key)
+
+    def limits(self) -> Limits:
+        """Those of the adapter, but that any number of probes will do: every text is a call of its own."""
+        return replace(self.adapter.limits(), max_probes=sys.maxsize)
 
     def _judge(
         self, rows: Sequence[Row], sides: Sequence[Side | None], version: int | None, progress: Progress | None = None

@@ -46,7 +46,8 @@ class Tenants:
     one with :meth:`replace_key`.
 
     Raises (all calls):
-        AuthenticationError: the key is a tenant's, or none at all.
+        AuthenticationError: there is no key, or a wrong one.
+        PermissionDenied: the key is a tenant's.
 
     """
 

@@ -21,31 +21,28 @@ import math
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoact_remote.callbacks import AfterStep, Callback
-from zoact_remote.errors import InvalidValue
+from zoact_remote.errors import InvalidValue, TrainingDiverged
 from zoact_remote.estimators import Ask, Draw, Estimate, Estimator
 from zoact_remote.evaluation import Evaluation, Scorer, evaluate
 from zoact_remote.history import History, StepRecord
+from zoact_remote.limits import check_limits
 from zoact_remote.optimizers import Optimizer
 from zoact_remote.schedules import Schedule, constant
-from zoact_remote.wire import Change, Json, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
+from zoact_remote.wire import Change, Json, Limits, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
 
 Evaluator: TypeAlias = Callable[[int | None], Evaluation]
 """Evaluates a version; None stands for the newest."""
-
-
-class TrainingDiverged(RuntimeError):
-    """A loss is not finite, or stays far above where it was. No update was made from it."""
 
 
 class Trainable(Scorer, Protocol):
@@ -71,6 +68,10 @@ class Trainable(Scorer, Protocol):
         """Make a new version with an earlier one's coefficients."""
         ...
 
+    def limits(self) -> Limits:
+        """What a step may ask for."""
+        ...
+
 
 class Trainer:
     """Trains an adapter.
@@ -93,6 +94,9 @@ class Trainer:
             after every step.
 
     """
+
+    kind: ClassVar[str] = "plain"
+    """Names the loop in a saved state."""
 
     def __init__(
         self,
@@ -152,12 +156,15 @@ class Trainer:
         May be called again after an error: it goes on where it failed.
 
         Raises:
+            InvalidValue: the server's limits do not allow all of the steps to come; none of them is begun.
             TrainingDiverged: a loss is not finite, and no callback made anything of it.
-            ZoActError: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
+            CallFailed: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
                 the adapter.
 
         """
         self.history.stopped = None
+        if self.step < self.steps:
+            check_limits(self.adapter.limits(), self.estimator, self.optimizer, self.steps - self.step)
         if self.step == 0 and self._is_evaluated and self.history.baseline is None:
             self.history.baseline = self._evaluate()
         if self._unfinished:
@@ -285,10 +292,9 @@ class Trainer:
         come.
         """
         return {
+            **self._identity,
             "run": self.run_id,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "rows": self._rows_digest,
+            "schedule": self._rates_ahead(),
             "step": self.step,
             "version": self.version,
             "pending": None if self._pending is None else self._pending.to_json(),
@@ -302,15 +308,20 @@ class Trainer:
         """Go on from a state, on the same data.
 
         Raises:
-            InvalidValue: the state belongs to a run with another seed, batch size, data, optimiser or callbacks.
+            InvalidValue: the state belongs to a run of another kind, or with another seed, batch size, data, estimator,
+                schedule, optimiser or callbacks; the field that differs is named.
 
         """
         stateful = {callback.kind: callback for callback in self._callbacks() if callback.kind}
-        here = {"seed": self.seed, "batch_size": self.batch_size, "rows": self._rows_digest, "callbacks": [*stateful]}
-        for name, value in here.items():
-            was = list(state[name]) if name == "callbacks" else state[name]
+        for name, value in (self._identity | {"callbacks": [*stateful]}).items():
+            was = list(state[name]) if name == "callbacks" else state.get(name)
             if was != value:
                 raise InvalidValue(name, f"was {was} in the saved state, is {value} here")
+        for step, rate in state["schedule"]:
+            if self.schedule(step) != rate:
+                raise InvalidValue(
+                    "schedule", f"was {rate:g} at step {step} in the saved state, is {self.schedule(step):g} here"
+                )
         self.optimizer.load_state_dict(state["optimizer"])
         for kind, callback in stateful.items():
             callback.load_state_dict(state["callbacks"][kind])
@@ -323,8 +334,22 @@ class Trainer:
         self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
 
     @cached_property
-    def _rows_digest(self) -> str:
-        return rows_digest(self.rows)
+    def _identity(self) -> Json:
+        """What a run is of, beside its optimiser, schedule and callbacks; fit for JSON."""
+        return {
+            "kind": self.kind,
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": rows_digest(self.rows),
+            "estimator": type(self.estimator).__name__,
+            **{f"estimator.{name}": value for name, value in _settings(self.estimator).items()},
+        }
+
+    def _rates_ahead(self) -> list[tuple[int, float]]:
+        """The schedule, which may be any function, where it can be told from others: steps and their rates."""
+        last = self.steps - 1
+        following = min(self.step, last)
+        return [(step, self.schedule(step)) for step in sorted({following, (following + last) // 2, last})]
 
     def _draw(self, step: int) -> Draw:
         # Raw words of the bit generator, whose stream NumPy keeps from version to version.
@@ -347,6 +372,14 @@ class Trainer:
 _ADVICE = (
     "No update was made from it. A lower learning rate helps if training losses rose before; a smaller epsilon if not."
 )
+
+
+def _settings(estimator: Estimator) -> Json:
+    """An estimator's fields, if it is a dataclass: those that JSON keeps as they are."""
+    if not is_dataclass(estimator):
+        return {}
+    found = {field.name: getattr(estimator, field.name) for field in fields(estimator)}
+    return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str | None)}
 
 
 def rows_digest(rows: Iterable[Row]) -> str:

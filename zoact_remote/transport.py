@@ -8,6 +8,8 @@ A server that has answered before and is then gone (the connection refused or br
 restarted, which takes minutes where it must load a model: it is waited for patiently. A server that never answered is
 given up after a few attempts, since its URL is probably wrong.
 
+Every call that is sent again is logged first ("zoact_remote", as a warning), with the reason and the delay.
+
 Answers name their call by its request id. One that names another call of ours comes from a connection on which answers
 were duplicated: it is thrown away with its connection.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import ipaddress
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -28,7 +31,10 @@ import requests
 import tenacity
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 
-from zoact_remote.errors import ConnectionFailed, InvalidValue, ServerError, ZoActError, error_of
+from zoact_remote.errors import CallFailed, ConnectionFailed, InvalidValue, ServerError, error_of
+
+log = logging.getLogger("zoact_remote")
+log.addHandler(logging.NullHandler())
 
 PREFIX = "/zoact/v1"
 REFUSED = frozenset({429, 503})
@@ -82,7 +88,7 @@ class Transport:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"the URL must start with http:// or https://, got {url!r}")
+            raise InvalidValue("url", f"must start with http:// or https://, got {url!r}")
         self.url = url.rstrip("/")
         self._set(timeout, retries, patience)
         self._sleep = sleep
@@ -113,11 +119,11 @@ class Transport:
 
     def _set(self, timeout: tuple[float, float], retries: int, patience: float) -> None:
         if not (len(timeout) == 2 and all(seconds > 0 for seconds in timeout)):
-            raise ValueError(f"timeout must be two numbers of seconds greater than 0, got {timeout!r}")
+            raise InvalidValue("timeout", f"must be two numbers of seconds greater than 0, got {timeout!r}")
         if retries < 0:
-            raise ValueError(f"retries must be at least 0, got {retries}")
+            raise InvalidValue("retries", f"must be at least 0, got {retries}")
         if not patience >= 0:
-            raise ValueError(f"patience must be at least 0, got {patience}")
+            raise InvalidValue("patience", f"must be at least 0, got {patience}")
         self.timeout = timeout
         self.retries = retries
         self.patience = patience
@@ -147,7 +153,7 @@ class Transport:
             once: never send it again, whatever happens.
 
         Raises:
-            ZoActError: the call failed, after retries where they were safe.
+            CallFailed: the call failed, after retries where they were safe.
 
         """
 
@@ -170,7 +176,7 @@ class Transport:
         """Write the answer to a GET to a file, from the file's start.
 
         Raises:
-            ZoActError: the call failed, after retries.
+            CallFailed: the call failed, after retries.
 
         """
 
@@ -186,7 +192,7 @@ class Transport:
         """The answer to a GET of a path of the server's own, beside ``/zoact/v1``.
 
         Raises:
-            ZoActError: the call failed, after retries.
+            CallFailed: the call failed, after retries.
 
         """
         return self._send("GET", path, lambda response: response.text, prefix="", repeatable=True)
@@ -249,6 +255,7 @@ class Transport:
             stop=stop,
             retry=tenacity.retry_if_exception(lambda error: _may_retry(error, repeatable)),
             wait=_wait,
+            before_sleep=_log_wait,
             sleep=self._sleep,
             reraise=True,
         )
@@ -269,7 +276,7 @@ def _may_retry(error: BaseException, repeatable: bool) -> bool:
         cause = error.__cause__
         passing = isinstance(cause, BROKEN) and not isinstance(cause, requests.exceptions.SSLError)
         return passing and (repeatable or not error.sent)
-    if not isinstance(error, ZoActError) or (error.retry_after or 0.0) > LONGEST_WAIT_S:
+    if not isinstance(error, CallFailed) or (error.retry_after or 0.0) > LONGEST_WAIT_S:
         return False
     return error.status in (PASSING if repeatable else REFUSED)
 
@@ -278,13 +285,19 @@ def _is_gone(error: BaseException | None) -> bool:
     if isinstance(error, ConnectionFailed):
         # A server that keeps a connection open and says nothing is another matter: it is there.
         return not isinstance(error.__cause__, requests.ReadTimeout)
-    return isinstance(error, ZoActError) and error.status in GONE
+    return isinstance(error, CallFailed) and error.status in GONE
 
 
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
-    asked = error.retry_after if isinstance(error, ZoActError) else None
+    asked = error.retry_after if isinstance(error, CallFailed) else None
     return BACKOFF(state) if asked is None else asked
+
+
+def _log_wait(state: tenacity.RetryCallState) -> None:
+    assert state.outcome is not None
+    assert state.next_action is not None
+    log.warning("%s; trying again in %.1f s", state.outcome.exception(), state.next_action.sleep)
 
 
 def _was_sent(error: requests.RequestException) -> bool:
@@ -316,7 +329,7 @@ def _json_of(response: requests.Response) -> Any:
         raise requests.exceptions.ChunkedEncodingError("the answer's JSON was cut off") from error
 
 
-def _error_in(response: requests.Response, method: str, path: str, request_id: str) -> ZoActError:
+def _error_in(response: requests.Response, method: str, path: str, request_id: str) -> CallFailed:
     try:
         body = response.json()
     except requests.exceptions.JSONDecodeError:

@@ -50,6 +50,7 @@ def normalised(**changes: Any) -> dict[str, Any]:
 
 
 LONG = [5] * 256
+TOO_MANY_PROBES, TOO_MANY_ROWS = losses(probes=[PROBE] * 257), losses(rows=[ROW] * 1025)
 NAN, INF = float("nan"), float("inf")
 BAD: list[tuple[str, Any, str | None]] = [
     # Probes.
@@ -62,7 +63,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("losses", losses(probes=[PROBE | {"seed": -1}]), "probes[0].seed"),
     ("losses", losses(probes=[PROBE | {"seed": 1.5}]), "probes[0].seed"),
     ("losses", losses(probes=[PROBE | {"sides": "minus"}]), "probes[0].sides"),
-    ("losses", losses(probes=[PROBE] * 257), "probes"),
+    ("losses", TOO_MANY_PROBES, "probes"),
     ("losses", losses(version=-1), "version"),
     ("losses", losses(version=1.5), "version"),
     ("losses", losses(verison=1), "verison"),
@@ -70,7 +71,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     # Rows.
     ("losses", losses(rows=[]), "rows"),
     ("losses", {"probes": [PROBE]}, "rows"),
-    ("losses", losses(rows=[ROW] * 1025), "rows"),
+    ("losses", TOO_MANY_ROWS, "rows"),
     ("losses", losses(rows=ROW), "rows"),
     ("losses", losses(rows=["It was"]), "rows[0]"),
     ("losses", losses(rows=[{"prompt": "It was"}]), "rows[0].completion"),
@@ -149,7 +150,9 @@ def test_a_bad_field_is_named(server: Server, adapter: Adapter, call: str, body:
     error = checked(response, 400)
     assert error["param"] == param
     assert error["message"].startswith(f"{param}: ")
-    assert error["code"] == ("context_length_exceeded" if LONG in _values(body) else "invalid_value")
+    too_long, too_many = LONG in _values(body), any(body is each for each in (TOO_MANY_PROBES, TOO_MANY_ROWS))
+    expected = "context_length_exceeded" if too_long else "batch_too_large" if too_many else "invalid_value"
+    assert error["code"] == expected
     assert adapter.refresh() == before
 
 

@@ -13,15 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from server_ext.plugin import (
-    DEFAULT_SHARE,
-    SHARE_VARIABLE,
-    WORKER_EXTENSION,
-    ZoActPlugin,
-    check_settings,
-    training_share,
-)
-from zoact_remote.cli.serve import DEFAULT_TRAINING_SHARE
+from server_ext.plugin import ZoActPlugin, check_settings, training_share
+from zoact_remote.extension import DEFAULT_SHARE, PLUGIN, SHARE_VARIABLE, WORKER_EXTENSION
 
 FLAGS: dict[str, list[str]] = {
     "--enable-lora": [],
@@ -164,7 +157,7 @@ def test_a_worker_says_that_the_plugin_is_kept_out(allowed: str | None, said: st
 
 
 def test_the_share_of_training_is_the_environments() -> None:
-    assert training_share({}) == DEFAULT_SHARE == DEFAULT_TRAINING_SHARE
+    assert training_share({}) == DEFAULT_SHARE
     assert training_share({SHARE_VARIABLE: "0.25"}) == 0.25
     assert training_share({SHARE_VARIABLE: "1"}) == 1
 
@@ -176,7 +169,7 @@ def test_a_share_that_is_none_is_refused(text: str) -> None:
 
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:
-    (entry,) = (e for e in entry_points(group="vllm.endpoint_plugins") if e.name == "zoact")
+    (entry,) = (e for e in entry_points(group="vllm.endpoint_plugins") if e.name == PLUGIN)
     assert entry.load() is ZoActPlugin
 
 

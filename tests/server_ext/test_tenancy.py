@@ -311,6 +311,7 @@ def test_a_limit_is_named_and_nothing_changes(
         assert answer.status_code == status, answer.text
         error = answer.json()["error"]
         assert error["param"] == param
+        assert (error["code"] == "batch_too_large") == (limit in ("max_probes", "max_rows", "max_call_tokens"))
         assert f"{limit} ({most})" in error["message"]
         assert (state(adapter), client.adapters()) == (before, there)
         # Nobody else has the limit.

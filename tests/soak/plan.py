@@ -22,7 +22,7 @@ from zoact_remote import (
     Update,
     UpdateResult,
 )
-from zoact_remote.wire import Row, Side
+from zoact_remote.wire import Limits, Row, Side
 
 VARIANTS = 2
 """Plans that differ: in seeds, and in what the basis is taken from."""
@@ -59,6 +59,9 @@ class Watched:
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None, probe: Side | None = None) -> Scores:
         return self.adapter.scores(rows, version=version, probe=probe)
+
+    def limits(self) -> Limits:
+        return self.adapter.limits()
 
     def _note(self, result: UpdateResult) -> UpdateResult:
         said_before = self.digests.setdefault(result.version, result.digest)

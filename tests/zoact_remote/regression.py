@@ -26,10 +26,14 @@ from zoact_remote import (
     UpdateResult,
 )
 from zoact_remote.noise import draw
-from zoact_remote.wire import ProbeLoss, RowScore
+from zoact_remote.wire import Limits, ProbeLoss, RowScore
 
 Vector = NDArray[np.float64]
 SIZE = 6
+LIMITS = Limits(
+    max_rank=8, max_probes=64, max_rows=256, max_row_tokens=256, max_call_tokens=65536, max_terms=4096, max_choices=128
+)
+"""Those of a server, but for the number of tokens."""
 TARGET = np.linspace(-1.0, 1.0, SIZE)
 ROWS: list[Row] = [
     {"prompt": list(map(float, x)), "completion": float(x @ TARGET)}
@@ -113,6 +117,9 @@ class Regression:
             for p in probes
         ]
         return Losses(at, tuple(found), self.loss(rows, c) if base else None, len(rows), result)
+
+    def limits(self) -> Limits:
+        return LIMITS
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         self.calls.append("scores")

@@ -15,12 +15,12 @@ from responses import matchers
 
 from zoact_remote import (
     Adapter,
-    AuthenticationError,
     Basis,
     Client,
     Conflict,
     InvalidValue,
     NotFound,
+    PermissionDenied,
     Probe,
     ServerError,
     Side,
@@ -115,7 +115,7 @@ def test_metrics_are_text_beside_the_calls(client: Client, server: responses.Req
     server.get(f"{URL}/metrics", body="zoact_slots 8.0\n")
     assert client.metrics() == "zoact_slots 8.0\n"
     server.replace("GET", f"{URL}/metrics", status=403, json={"error": {"code": "operator_only"}})
-    with pytest.raises(AuthenticationError):
+    with pytest.raises(PermissionDenied):
         client.metrics()
 
 
@@ -270,6 +270,24 @@ def test_a_loss_that_is_not_finite_is_nan(adapter: Adapter, server: responses.Re
     assert adapter.losses([ROW], [Probe(7, 0.5)]).base is None
 
 
+def test_a_side_that_is_not_finite_is_nan(adapter: Adapter, server: responses.RequestsMock) -> None:
+    found = [{"seed": 7, "epsilon": 0.5, "plus": 1.0, "minus": None}]
+    server.post(f"{PATH}/losses", json=LOSSES | {"losses": found})
+    minus = adapter.losses([ROW], [Probe(7, 0.5)]).losses[0].minus
+    assert minus is not None
+    assert math.isnan(minus)
+    assert adapter.losses([ROW], [Probe(7, 0.5, "plus")]).losses[0].minus is None
+
+
+@pytest.mark.parametrize("asked", [[], [Probe(8, 0.5)], [Probe(7, 0.25)], [Probe(7, 0.5), Probe(7, 0.5)]])
+def test_losses_of_other_probes_are_the_servers_fault(
+    adapter: Adapter, server: responses.RequestsMock, asked: list[Probe]
+) -> None:
+    server.post(f"{PATH}/losses", json=LOSSES)
+    with pytest.raises(ServerError, match="not the losses of the probes"):
+        adapter.losses([ROW], asked, base=True)
+
+
 def test_losses_carry_an_update_whose_key_outlives_retries(adapter: Adapter, server: responses.RequestsMock) -> None:
     server.post(f"{PATH}/losses", status=502)
     server.post(f"{PATH}/losses", body=requests.ConnectionError("reset"))
@@ -299,6 +317,28 @@ def test_a_key_of_ones_own_is_kept(adapter: Adapter, server: responses.RequestsM
     server.post(f"{PATH}/updates", json={"version": 1, "digest": "sha256:3", "applied": True})
     adapter.update(Update(0, (), key="mine"))
     assert sent(server)["key"] == "mine"
+
+
+def test_info_follows_our_own_changes(adapter: Adapter, server: responses.RequestsMock) -> None:
+    def answer(version: int, digest: str, applied: bool = True) -> dict[str, Any]:
+        return {"version": version, "digest": digest, "applied": applied}
+
+    def known() -> tuple[int, str | None]:
+        return adapter.version, adapter.info.digest
+
+    server.post(f"{PATH}/updates", json=answer(1, "sha256:1"))
+    adapter.update(Update(0, ()))
+    assert known() == (1, "sha256:1")
+    server.post(f"{PATH}/losses", json=LOSSES)
+    adapter.losses([ROW], [Probe(7, 0.5)], update=Update(4, ()))
+    assert known() == (5, "sha256:3")
+    server.post(f"{PATH}/rollback", json=answer(6, "sha256:1"))
+    adapter.rollback(1, base_version=5)
+    assert known() == (6, "sha256:1")
+    # One that is sent again says what it made at the time.
+    server.replace("POST", f"{PATH}/updates", json=answer(1, "sha256:1", applied=False))
+    adapter.update(Update(0, ()))
+    assert known() == (6, "sha256:1")
 
 
 def test_scores(adapter: Adapter, server: responses.RequestsMock) -> None:

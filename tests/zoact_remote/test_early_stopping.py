@@ -40,8 +40,10 @@ def test_it_stops_after_evaluations_without_a_gain() -> None:
 
 def test_a_gain_must_be_worth_it() -> None:
     learning = dict(OPTIONS, eval_rows=ROWS)
-    run = trainer(Regression(), callbacks=[EarlyStopping(1, min_delta=1e6)], **learning)
-    assert len(run.run().steps) == 2
+    history = trainer(Regression(), callbacks=[EarlyStopping(1, min_delta=1e6)], **learning).run()
+    assert len(history.steps) == 2
+    assert history.baseline is not None
+    assert history.stopped == f"the held-out loss was not 1e+06 below {history.baseline.loss:.4f} in 1 evaluations"
     assert trainer(Regression(), callbacks=[EarlyStopping(3, min_delta=0.0)], **learning).run().stopped is None
 
 
@@ -103,9 +105,24 @@ def test_a_tie_goes_to_the_lower_loss() -> None:
 
 
 def test_a_gain_is_in_the_unit_of_the_metric() -> None:
-    figures = [(0.50, 5.0), (0.51, 4.0), (0.53, 6.0), (0.54, 1.0)]
-    assert judged("accuracy", *figures, min_delta=0.02)[0] == 2
-    assert judged("accuracy", *figures, min_delta=0.5)[0] == 0
+    figures = [(0.50, 5.0), (0.51, 4.0), (0.53, 6.0), (0.54, 1.0), (0.54, 0.5)]
+    assert judged("accuracy", *figures, min_delta=0.02, patience=1)[1] == 1
+    assert judged("accuracy", *figures, min_delta=0.02, patience=2)[1] == 4
+    assert judged("accuracy", *figures, min_delta=0.5, patience=3)[1] == 3
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=2, max_size=12),
+    st.sampled_from([0.0, 1.0, 2.0]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_the_best_is_kept_whatever_patience_takes_for_a_gain(
+    figures: list[tuple[int, int]], min_delta: float, patience: int | None
+) -> None:
+    kept, steps = judged("accuracy", *figures, min_delta=min_delta, patience=patience)
+    # Of two that are the same, the earlier one.
+    best = max(range(steps + 1), key=lambda version: (figures[version][0], -figures[version][1], -version))
+    assert kept == (None if best == steps else best)
 
 
 def test_a_perplexity_beyond_all_numbers_is_the_worst() -> None:

@@ -13,7 +13,7 @@ from zoact_remote.errors import BadRequest, TooLarge
 from zoact_remote.evaluation import calibrated, generate_texts
 from zoact_remote.wire import Generation, RowScore
 
-TOO_MANY = BadRequest("rows: too many", status=400, param="rows")
+TOO_MANY = TooLarge("rows: too many", status=400, code="batch_too_large", param="rows")
 TOO_LARGE = TooLarge("the body is too large", status=413, code="request_too_large")
 
 
@@ -138,6 +138,8 @@ def test_a_batch_that_is_too_much_is_sent_in_halves(refusal: BadRequest) -> None
         evaluate(Table(most=0), rows)
     with pytest.raises(BadRequest, match="stale"):
         evaluate(Table(most=3, refusal=BadRequest("stale", param="version")), rows)
+    with pytest.raises(BadRequest, match="no rows"):
+        evaluate(Table(most=3, refusal=BadRequest("no rows like these", param="rows")), rows)
 
 
 def test_a_row_at_fault_is_named_by_its_place_in_all() -> None:

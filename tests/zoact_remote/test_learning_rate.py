@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.zoact_remote.regression import LIMITS
 from zoact_remote import (
     SGD,
     Adam,
@@ -25,7 +26,7 @@ from zoact_remote import (
     UpdateResult,
     find_learning_rate,
 )
-from zoact_remote.wire import Probe, ProbeLoss, Row
+from zoact_remote.wire import Limits, Probe, ProbeLoss, Row
 
 Vector = NDArray[np.float64]
 ROWS: list[Row] = [{"prompt": "a", "completion": "b"}]
@@ -84,6 +85,9 @@ class Bowl:
     def rollback(self, version: int) -> UpdateResult:
         self.versions.append(self.versions[version])
         return UpdateResult(len(self.versions) - 1, "", True)
+
+    def limits(self) -> Limits:
+        return LIMITS
 
 
 @pytest.mark.parametrize("curvature", [0.1, 1.0, 10.0])

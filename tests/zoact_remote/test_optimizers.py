@@ -259,6 +259,21 @@ def test_a_state_is_a_few_kilobytes_however_long_the_run(make: Callable[[], Opti
     assert lengths[10_000] == lengths[100] == max(lengths.values())
 
 
+@pytest.mark.parametrize("make", [*ALL, lambda: Adam(truncation=0.0), lambda: GaussianAdam(beta1=0.0, window=50)])
+@given(probes=st.integers(1, 3), before=st.integers(0, 60), steps=st.integers(1, 60))
+def test_it_knows_how_long_its_updates_will_be(
+    make: Callable[[], Optimizer], probes: int, before: int, steps: int
+) -> None:
+    optimizer, longest = make(), 0
+    for step in range(before + steps):
+        if step == before:
+            most = optimizer.most_terms(probes, steps)
+        update = optimizer.step(Estimate(tuple((step * probes + i, 1.0) for i in range(probes)), 0.0), 1e-3, step)
+        listed = max(len(update.terms), 0 if update.normaliser is None else len(update.normaliser.terms))
+        longest = max(longest, listed if step >= before else 0)
+    assert longest == most
+
+
 def test_a_state_under_other_settings_is_refused() -> None:
     state = Adam().state_dict()
     with pytest.raises(InvalidValue, match=r"settings\.beta1: was 0\.9 .* is 0\.8"):

@@ -272,9 +272,12 @@ def test_a_resumed_run_goes_on_to_the_bit(cut: int) -> None:
     np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
 
 
-def test_a_plain_state_is_refused() -> None:
-    with pytest.raises(InvalidValue, match=r"^earlier: "):
-        pipelined(Remote()).load_state_dict(trainer(Regression()).state_dict())
+def test_a_state_of_the_other_kind_is_refused() -> None:
+    plain, overlapping = trainer(Regression()), pipelined(Remote())
+    with pytest.raises(InvalidValue, match=r"^kind: was plain in the saved state, is pipelined here"):
+        overlapping.load_state_dict(plain.state_dict())
+    with pytest.raises(InvalidValue, match=r"^kind: was pipelined in the saved state, is plain here"):
+        plain.load_state_dict(overlapping.state_dict())
 
 
 def test_a_real_server_and_a_bad_network(servers: Servers) -> None:

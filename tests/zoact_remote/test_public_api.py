@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import zoact_remote
+from zoact_remote import errors
 
 HEAVY = ("torch", "transformers", "vllm", "typer", "rich", "pydantic")
 
@@ -32,6 +33,15 @@ def test_public_name_exists_and_is_documented(name: str) -> None:
     value = getattr(zoact_remote, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert inspect.getdoc(value)
+
+
+def test_every_exception_is_one_of_ours() -> None:
+    names = [name for name in zoact_remote.__all__ if inspect.isclass(getattr(zoact_remote, name))]
+    raised = {name for name in names if issubclass(getattr(zoact_remote, name), Exception)}
+    assert {"ZoActError", "CallFailed", "InvalidValue", "RecordError", "TrainingDiverged", "Inconclusive"} <= raised
+    assert all(issubclass(getattr(zoact_remote, name), zoact_remote.ZoActError) for name in raised)
+    defined = {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, Exception)}
+    assert defined <= raised
 
 
 def test_unknown_name() -> None:

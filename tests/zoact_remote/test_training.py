@@ -21,6 +21,7 @@ from zoact_remote import (
     Evaluation,
     ForwardDifference,
     GaussianAdam,
+    Guard,
     History,
     InvalidValue,
     Losses,
@@ -30,6 +31,7 @@ from zoact_remote import (
     Trainer,
     TrainingDiverged,
     TwoPoint,
+    cosine,
     evaluate,
     linear,
 )
@@ -321,12 +323,45 @@ def test_another_writer_is_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": 1}, {"batch_size": 9}, {"rows": ROWS[1:] + ROWS[:1]}, {"optimizer": SGD()}]
+    ("changes", "param"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"batch_size": 9}, "batch_size"),
+        ({"rows": ROWS[1:] + ROWS[:1]}, "rows"),
+        ({"optimizer": SGD()}, "kind"),
+        ({"estimator": ForwardDifference(0.25)}, "estimator"),
+        ({"estimator": TwoPoint(0.125)}, "estimator.epsilon"),
+        ({"estimator": TwoPoint(0.25, probes=2)}, "estimator.probes"),
+        ({"schedule": 0.02}, "schedule"),
+        ({"schedule": cosine(0.03, 30)}, "schedule"),
+        ({"schedule": linear(0.03, 60)}, "schedule"),
+        ({"callbacks": [Guard()]}, "callbacks"),
+    ],
 )
-def test_a_state_of_another_run_is_refused(changes: dict[str, Any]) -> None:
-    state = trainer(Regression()).state_dict()
-    with pytest.raises(InvalidValue):
-        trainer(Regression(), **changes).load_state_dict(state)
+@pytest.mark.parametrize("cut", [0, 1, 15, 30])
+def test_a_state_of_another_run_is_refused(changes: dict[str, Any], param: str, cut: int) -> None:
+    run = trainer(Regression(), schedule=linear(0.03, 30))
+    run.callbacks = [lambda run, record: stop_after(run, record, cut)]
+    if cut:
+        run.run()
+    state = json.loads(json.dumps(run.state_dict()))
+    other = trainer(Regression(), **({"schedule": linear(0.03, 30)} | changes))
+    before = other.state_dict()
+    with pytest.raises(InvalidValue) as caught:
+        other.load_state_dict(state)
+    assert caught.value.param == param
+    assert other.state_dict() == before
+
+
+def test_a_run_at_a_constant_rate_may_be_made_longer() -> None:
+    short, long = Regression(), Regression()
+    trainer(long).run()
+    run = trainer(short, steps=10)
+    run.run()
+    longer = trainer(short)
+    longer.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    longer.run()
+    np.testing.assert_array_equal(short.versions, long.versions)
 
 
 @pytest.mark.parametrize("changes", [{"rows": []}, {"steps": 0}, {"batch_size": 0}, {"eval_every": 0}])

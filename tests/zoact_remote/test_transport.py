@@ -68,6 +68,23 @@ def test_one_request_id_and_the_key_on_every_attempt(transport: Transport) -> No
 
 
 @responses.activate
+def test_every_wait_is_logged_with_its_reason(
+    transport: Transport, waits: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    error = {"message": "the server is still starting", "code": "not_ready"}
+    responses.get(INFO, status=503, json={"error": error}, headers={"Retry-After": "7"})
+    responses.get(INFO, body=BROKEN_CONNECTION)
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    first, second = caplog.records
+    assert (first.name, first.levelname) == ("zoact_remote", "WARNING")
+    assert first.getMessage().startswith("the server is still starting (503, not_ready, request zoact-")
+    assert first.getMessage().endswith("; trying again in 7.0 s")
+    assert "connection reset" in second.getMessage()
+    assert second.getMessage().endswith(f"; trying again in {waits[1]:.1f} s")
+
+
+@responses.activate
 def test_retries_end(transport: Transport) -> None:
     for _ in range(4):
         responses.get(INFO, status=502)
@@ -137,7 +154,10 @@ def test_a_long_wait_is_left_to_the_caller(transport: Transport) -> None:
         (400, "invalid_value", errors.BadRequest),
         (400, "context_length_exceeded", errors.TooLarge),
         (401, "invalid_api_key", errors.AuthenticationError),
-        (403, None, errors.AuthenticationError),
+        (400, "batch_too_large", errors.TooLarge),
+        (403, None, errors.PermissionDenied),
+        (403, "operator_only", errors.PermissionDenied),
+        (403, "limit_exceeded", errors.LimitExceeded),
         (404, "adapter_not_found", errors.NotFound),
         (409, "basis_exists", errors.Conflict),
         (412, "stale_version", errors.StaleVersion),
@@ -146,10 +166,10 @@ def test_a_long_wait_is_left_to_the_caller(transport: Transport) -> None:
         (500, None, errors.ServerError),
     ],
 )
-def test_errors_have_a_type(transport: Transport, status: int, code: str | None, kind: type[errors.ZoActError]) -> None:
+def test_errors_have_a_type(transport: Transport, status: int, code: str | None, kind: type[errors.CallFailed]) -> None:
     error = {"message": "no", "type": "t", "param": "rows[3].prompt", "code": code, "current_version": 9}
     responses.post(INFO, status=status, json={"error": error}, headers={"x-request-id": "r-1"})
-    with pytest.raises(errors.ZoActError) as caught:
+    with pytest.raises(errors.CallFailed) as caught:
         transport.call("POST", "/info", same, json={}, repeatable=True)
     found = caught.value
     assert type(found) is kind

@@ -9,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoact_remote import Basis, InvalidValue, Losses, Normaliser, Probe, Side, Update
+from server_ext import schemas
+from zoact_remote import (
+    Basis,
+    ChatRow,
+    ChoicesRow,
+    CompletionRow,
+    InvalidValue,
+    Losses,
+    Normaliser,
+    Probe,
+    Row,
+    Side,
+    Update,
+)
 from zoact_remote.wire import JournalEntry, Limits
 
 SEEDS = st.integers(0, 2**64 - 1)
@@ -108,3 +121,16 @@ def test_limits_of_tenants_may_be_missing() -> None:
     assert Limits.from_json(old).max_adapters is None
     limits = Limits.from_json(old | {"max_adapters": 3, "requests_per_minute": None, "of a later version": 1})
     assert (limits.max_adapters, limits.requests_per_minute, limits.max_rows) == (3, None, 8)
+
+
+@pytest.mark.parametrize(
+    ("row", "form"),
+    [
+        (CompletionRow(prompt="2 + 2 =", completion=[4]), schemas.CompletionRow),
+        (ChoicesRow(prompt=[1, 2], choices=[" no", [3]], answer=1), schemas.ChoicesRow),
+        (ChatRow(messages=[{"role": "assistant", "content": "4"}] * 2), schemas.ChatRow),
+    ],
+)
+def test_rows_are_declared_as_the_server_takes_them(row: Row, form: type[schemas.Message]) -> None:
+    assert form.model_validate(row).model_dump() == row
+    assert row.keys() == form.model_fields.keys()

@@ -1,4 +1,4 @@
-"""Commands about adapters themselves: ``zoact adapters``, ``export``, ``import``, ``rollback`` and ``audit``."""
+"""Commands about adapters themselves: to list, delete, export, import, roll back and audit them."""
 
 from __future__ import annotations
 
@@ -135,20 +135,32 @@ def audit(
         )
 
 
-def adapters(
-    delete: Annotated[
-        str | None, typer.Option(help="Delete this one and its history; there is no way back.", metavar="TENANT/NAME")
-    ] = None,
+def delete(
+    adapter: options.Adapter,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     url: options.Url = None,
     api_key: options.ApiKey = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the adapters on a server, or delete one."""
+    """Delete an adapter with all of its versions; there is no way back."""
     with reporting(as_json) as output, options.connect(url, api_key) as client:
-        if delete is not None:
-            client.adapter(delete).delete()
-            output.result({"deleted": delete}, f"{delete} is deleted")
-            return
+        found = client.adapter(adapter)
+        if not (yes or _is_sure(f"delete {adapter}, which is at version {found.version}, for good?")):
+            raise CommandFailed(f"{adapter} is left as it is; --yes deletes it without asking")
+        found.delete()
+        output.result({"deleted": adapter}, f"{adapter} is deleted")
+
+
+def _is_sure(question: str) -> bool:
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:  # Ctrl-C, or nobody is there to answer
+        return False
+
+
+def adapters(url: options.Url = None, api_key: options.ApiKey = None, as_json: options.AsJson = False) -> None:
+    """List the adapters on a server."""
+    with reporting(as_json) as output, options.connect(url, api_key) as client:
         found = client.adapters()
         shown = _table(found) if found else "no adapters"
         output.result({"adapters": [_described(adapter) for adapter in found]}, shown)

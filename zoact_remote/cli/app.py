@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from zoact_remote.cli.adapters import adapters, audit, export, import_, rollback
+from zoact_remote.cli.adapters import adapters, audit, delete, export, import_, rollback
 from zoact_remote.cli.evaluate import evaluate
 from zoact_remote.cli.quickstart import quickstart
 from zoact_remote.cli.runs import runs
@@ -30,6 +30,7 @@ app.command("eval")(evaluate)
 app.command()(export)
 app.command("import")(import_)
 app.command()(adapters)
+app.command()(delete)
 app.command()(rollback)
 app.command()(audit)
 app.command()(top)

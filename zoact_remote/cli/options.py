@@ -98,11 +98,11 @@ def connect(url: str | None, api_key: str | None) -> Iterator[Client]:
 
     """
     from zoact_remote.client import Client
-    from zoact_remote.errors import ConnectionFailed
+    from zoact_remote.errors import ConnectionFailed, InvalidValue
 
     try:
         client = Client(url, api_key)
-    except ValueError as error:
+    except InvalidValue as error:
         raise typer.BadParameter(str(error)) from None
     with client:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -64,10 +65,23 @@ class Output:
             self._results.print(part, soft_wrap=isinstance(part, str))
 
 
+class _Notes(logging.Handler):
+    """Shows what the client logs, such as what it waits for."""
+
+    def __init__(self, output: Output) -> None:
+        super().__init__(logging.WARNING)
+        self._output = output
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._output.note(record.getMessage())
+
+
 @contextmanager
 def reporting(as_json: bool) -> Iterator[Output]:
     """Show an expected failure in one line, or as JSON, and exit with code 1."""
     output = Output(as_json)
+    log, notes = logging.getLogger("zoact_remote"), _Notes(output)
+    log.addHandler(notes)
     try:
         yield output
     except KeyboardInterrupt:
@@ -79,27 +93,24 @@ def reporting(as_json: bool) -> Iterator[Output]:
             raise
         _fail(output, described)
         raise typer.Exit(1) from None
+    finally:
+        log.removeHandler(notes)
 
 
 def describe(error: Exception) -> dict[str, Any] | None:
     """An expected failure as JSON; None for any other, which is a bug."""
-    from zoact_remote.errors import Inconclusive, InvalidValue, ZoActError
+    from zoact_remote.errors import CallFailed, InvalidValue, ZoActError
 
     described = {"message": str(error), "type": type(error).__name__}
-    if isinstance(error, ZoActError):
+    if isinstance(error, CallFailed):
         details = ("code", "param", "status", "request_id")
         return described | {"message": error.message} | {name: getattr(error, name) for name in details}
     if isinstance(error, InvalidValue):
         return described | {"param": error.param}
     if isinstance(error, OSError) and error.filename is not None:
         return described | {"message": f"{error.filename}: {error.strerror}"}
-    if isinstance(error, (CommandFailed, Inconclusive, OSError, json.JSONDecodeError, UnicodeDecodeError)):
-        return described
-
-    from zoact_remote.tasks import RecordError
-    from zoact_remote.training import TrainingDiverged
-
-    return described if isinstance(error, (RecordError, TrainingDiverged)) else None
+    expected = (CommandFailed, ZoActError, OSError, json.JSONDecodeError, UnicodeDecodeError)
+    return described if isinstance(error, expected) else None
 
 
 def _fail(output: Output, described: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zoact_remote.evaluation import Evaluation
     from zoact_remote.history import StepRecord
     from zoact_remote.training import Trainer
-    from zoact_remote.wire import Generation, Losses, Probe, Row, Scores, Update, UpdateResult
+    from zoact_remote.wire import Generation, Limits, Losses, Probe, Row, Scores, Update, UpdateResult
 
 
 class TrainingBar(Callback):
@@ -109,3 +109,6 @@ class Watched:
 
     def rollback(self, version: int, *, base_version: int | None = None, key: str | None = None) -> UpdateResult:
         return self.adapter.rollback(version, base_version=base_version, key=key)
+
+    def limits(self) -> Limits:
+        return self.adapter.limits()

@@ -15,6 +15,7 @@ import typer
 from zoact_remote.cli import options
 from zoact_remote.cli.output import CommandFailed, Output, reporting, results_table
 from zoact_remote.cli.settings import QUICKSTART, TrainingSettings
+from zoact_remote.locks import InUse, lock
 
 if TYPE_CHECKING:
     from zoact_remote.cli.local_server import LocalServer
@@ -66,12 +67,10 @@ def quickstart(
 
         task, rows, held_out = _load(data, dataset)
         out.mkdir(parents=True, exist_ok=True)
+        state = out / "state"
+        _forget(state)
         path = model or _prepared_model(out, output)
         engine = engine or ("vllm" if has_vllm() else "transformers")
-        state = out / "state"
-        if (state / JOURNAL).is_file():
-            # A quickstart starts anew: its adapter of last time may belong to another model.
-            shutil.rmtree(state)
         settings = replace(QUICKSTART, steps=steps)
         arguments = [path, "--engine", engine, "--state", str(state)]
         with serving(arguments, out / "server.log") as server:
@@ -162,6 +161,25 @@ def _hub_records(name: str) -> list[Json]:
         )
     names = getattr(found.features["label"], "names", None)
     return [{"text": record[field], "label": names[record["label"]] if names else record["label"]} for record in found]
+
+
+def _forget(state: Path) -> None:
+    """Remove what an earlier quickstart left, whose adapter may belong to another model.
+
+    Raises:
+        CommandFailed: its server still runs.
+
+    """
+    if not (state / JOURNAL).is_file():
+        return
+    try:
+        with lock(state):
+            shutil.rmtree(state)
+    except InUse as error:
+        raise CommandFailed(
+            f"the server of an earlier quickstart still uses {state} ({error}): stop it, or give another directory "
+            "with --out"
+        ) from None
 
 
 def _prepared_model(out: Path, output: Output) -> str:

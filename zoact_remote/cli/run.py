@@ -101,8 +101,9 @@ def train_adapter(
     # A package that is missing is named before anything is done.
     loggers = [make_logger(kind, name, directory, asdict(settings)) for kind in (config.log_to if config else ())]
     held_out = spread(held_out, settings.eval_rows)
-    directory.mkdir(parents=True, exist_ok=True)
     info = client.info()
+    settings.check_limits(info.limits)
+    directory.mkdir(parents=True, exist_ok=True)
     about = {
         "name": name,
         "model": info.model_digest,
@@ -217,8 +218,8 @@ def _check_untrained(adapter: Adapter) -> None:
     if adapter.info.version:
         raise CommandFailed(
             f"{adapter.name} has been trained already (version {adapter.info.version}): go on with a run that was cut "
-            "off with --resume, train it further with --continue, give another name, or delete it with zoact adapters "
-            f"--delete {adapter.name}"
+            "off with --resume, train it further with --continue, give another name, or delete it with zoact delete "
+            f"{adapter.name}"
         )
 
 

@@ -11,7 +11,7 @@
     model alone.
 
 ``lock``
-    Empty; locked while a run is under way, by the system, which lets go of it however the run ends.
+    Locked while a run is under way (:mod:`zoact_remote.locks`).
 
 Metrics and evaluations are cut back to what the checkpoint covers when a run is resumed, so that nothing is listed
 twice.
@@ -32,19 +32,15 @@ from zoact_remote.errors import InvalidValue
 from zoact_remote.evaluation import Evaluation
 from zoact_remote.files import write_atomically
 from zoact_remote.history import StepRecord
+from zoact_remote.locks import InUse, lock
 from zoact_remote.training import Trainer
 
 if TYPE_CHECKING:
     from zoact_remote.wire import AdapterInfo, Json
 
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing is locked
-    fcntl = None  # type: ignore[assignment]
-
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT, METRICS, EVALUATIONS, RESULT = "checkpoint.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
-CONFIG, TASK, REPORT, LOCK = "config.toml", "task.toml", "report.html", "lock"
+CONFIG, TASK, REPORT = "config.toml", "task.toml", "report.html"
 
 
 class RunFiles(Callback):
@@ -62,9 +58,12 @@ class RunFiles(Callback):
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any], *, resume: bool) -> None:
-        self._lock = _locked(directory / LOCK)
-        if self._lock is None:
-            raise CommandFailed(f"a run is under way in {directory}: wait for it, or give another directory with --out")
+        try:
+            self._lock = lock(directory)
+        except InUse as error:
+            raise CommandFailed(
+                f"a run is under way in {directory} ({error}): wait for it, or give another directory with --out"
+            ) from None
         self._checkpoint = directory / CHECKPOINT
         about = {"format": FORMAT, **about}
         if resume and self._checkpoint.is_file():
@@ -155,8 +154,7 @@ class RunFiles(Callback):
 
     def close(self) -> None:
         for file in (self._metrics, self._evaluations, self._lock):
-            if file is not None:
-                file.close()
+            file.close()
 
     def _note(self, step: int | None, evaluation: Evaluation) -> None:
         _append(self._evaluations, {"step": step, **asdict(evaluation)})
@@ -165,28 +163,6 @@ class RunFiles(Callback):
 
     def _write(self) -> None:
         write_atomically(self._checkpoint, json.dumps(self._saved).encode())
-
-
-def is_under_way(directory: Path) -> bool:
-    """Whether a process trains there now."""
-    if not (directory / LOCK).is_file():
-        return False
-    lock = _locked(directory / LOCK)
-    if lock is not None:
-        lock.close()
-    return lock is None
-
-
-def _locked(path: Path) -> IO[str] | None:
-    """A file that is locked until it is closed; None if it is locked already."""
-    file = path.open("a")
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-    return file
 
 
 def _check(saved: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> None:

@@ -33,7 +33,8 @@ def runs(
 
 
 def _described(run: Path, directory: Path) -> dict[str, Any]:
-    from zoact_remote.cli.run_files import CHECKPOINT, EVALUATIONS, METRICS, RESULT, TASK, is_under_way
+    from zoact_remote.cli.run_files import CHECKPOINT, EVALUATIONS, METRICS, RESULT, TASK
+    from zoact_remote.locks import is_locked
     from zoact_remote.metrics import LESS_IS_BETTER
     from zoact_remote.report import running_mean
 
@@ -44,7 +45,7 @@ def _described(run: Path, directory: Path) -> dict[str, Any]:
     task = _task(run / TASK)
     metric = task.metric if task is not None and task.metric is not None else "accuracy"
     figures = [line[metric] for line in evaluations if line[metric] is not None]
-    under_way = is_under_way(run)
+    under_way = is_locked(run)
     result = json.loads((run / RESULT).read_bytes()) if (run / RESULT).is_file() else {}
     return {
         "name": str(run.relative_to(directory)),

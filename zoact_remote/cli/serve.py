@@ -22,9 +22,8 @@ from zoact_remote.cli.vllm_command import (
     key_environment,
     vllm_command,
 )
+from zoact_remote.extension import DEFAULT_SHARE, DEFAULT_STATE, SHARE_VARIABLE
 
-DEFAULT_STATE = Path("zoact-state")
-DEFAULT_TRAINING_SHARE = 1 / 16
 SERVER_PACKAGES = (
     "fastapi",
     "prometheus_client",
@@ -43,9 +42,9 @@ def serve(
     engine: Annotated[options.Engine, typer.Option(help="What evaluates the model.")] = "vllm",
     host: Annotated[str, typer.Option(help="Where to listen.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Where to listen.", min=1, max=65535)] = 8000,
-    state: Annotated[
-        Path, typer.Option(help="Where adapters and their journal are kept.", metavar="DIRECTORY")
-    ] = DEFAULT_STATE,
+    state: Annotated[Path, typer.Option(help="Where adapters and their journal are kept.", metavar="DIRECTORY")] = Path(
+        DEFAULT_STATE
+    ),
     dtype: Annotated[
         str | None, typer.Option(help="Of the weights. If not given, float32 on the CPU, the model's own on a GPU.")
     ] = None,
@@ -56,10 +55,10 @@ def serve(
         typer.Option(
             help="The most of a batch's tokens (--max-num-batched-tokens) that training takes while there is other "
             "traffic; 1 treats all requests alike (vLLM).",
-            envvar="ZOACT_TRAINING_SHARE",
+            envvar=SHARE_VARIABLE,
             metavar="SHARE",
         ),
-    ] = DEFAULT_TRAINING_SHARE,
+    ] = DEFAULT_SHARE,
     api_key: Annotated[
         str | None,
         typer.Option(help="The operator's key, which opens everything.", envvar="ZOACT_API_KEY", metavar="KEY"),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from zoact_remote.noise import Distribution
     from zoact_remote.optimizers import Optimizer
     from zoact_remote.schedules import Schedule
-    from zoact_remote.wire import Basis
+    from zoact_remote.wire import Basis, Limits
 
 EstimatorName = Literal["two-point", "forward-difference", "leave-one-out", "fzoo"]
 OptimizerName = Literal["adam", "adamw", "gaussian-adam", "sgd"]
@@ -91,10 +91,10 @@ class TrainingSettings:
     )
     eval_rows: int = setting(400, "evaluation", "Held-out rows evaluated at most, evenly spaced.", key="rows", least=1)
     patience: int | None = setting(
-        None, "evaluation", "Stop after this many evaluations without a new best, by the task's metric.", least=1
+        None, "evaluation", "Stop after this many evaluations without a gain, by the task's metric.", least=1
     )
     min_delta: float = setting(
-        0.0, "evaluation", "By how much a new best must beat the last one; 0.01 is a point of accuracy.", least=0
+        0.0, "evaluation", "What --patience takes for a gain on the last one; 0.01 is a point of accuracy.", least=0
     )
     keep_best: bool = setting(
         False,
@@ -123,14 +123,24 @@ class TrainingSettings:
             raise InvalidValue("momentum", f"is for sgd; {self.optimizer} has its own")
         if self.patience is not None and self.eval_every is None:
             raise InvalidValue("patience", "counts evaluations: say after how many steps there is one (--eval-every)")
-        numbers = replace(
+        numbers = self._in_numbers()
+        numbers.make_estimator()
+        numbers.make_optimizer()
+        numbers.make_schedule()
+
+    def check_limits(self, limits: Limits) -> None:
+        """Raise InvalidValue for settings by which a step of the run would be beyond a server's limits."""
+        from zoact_remote.limits import check_limits
+
+        check_limits(limits, self._in_numbers().make_estimator(), self.make_optimizer(), self.steps)
+
+    def _in_numbers(self) -> TrainingSettings:
+        """These settings with some number in the place of what is measured first."""
+        return replace(
             self,
             epsilon=1.0 if self.epsilon == "auto" else self.epsilon,
             learning_rate=1.0 if self.learning_rate == "auto" else self.learning_rate,
         )
-        numbers.make_estimator()
-        numbers.make_optimizer()
-        numbers.make_schedule()
 
     def make_basis(self) -> Basis:
         from zoact_remote.wire import Basis

@@ -106,14 +106,14 @@ class Watcher:
         return found
 
     def _sample(self) -> Sample:
-        from zoact_remote.errors import AuthenticationError, NotFound
+        from zoact_remote.errors import AuthenticationError, NotFound, PermissionDenied
 
         adapters = {adapter.name: (adapter.state, adapter.version) for adapter in self._client.adapters()}
         figures = None
         if not self._closed:
             try:
                 figures = Figures.parse(self._client.metrics())
-            except (AuthenticationError, NotFound):
+            except (AuthenticationError, PermissionDenied, NotFound):
                 # Not asked again: the server counts refusals.
                 self._closed = True
         return Sample(monotonic(), adapters, figures)
@@ -121,7 +121,7 @@ class Watcher:
 
 def _looks(client: Client, interval: float) -> Iterator[dict[str, Any]]:
     """Looks without end, and while the server is away, the error in their place."""
-    from zoact_remote.errors import ConnectionFailed, ZoActError
+    from zoact_remote.errors import CallFailed, ConnectionFailed
     from zoact_remote.transport import PASSING
 
     watcher = Watcher(client)
@@ -129,7 +129,7 @@ def _looks(client: Client, interval: float) -> Iterator[dict[str, Any]]:
         sleep(interval)
         try:
             yield watcher.look()
-        except ZoActError as error:
+        except CallFailed as error:
             if not isinstance(error, ConnectionFailed) and error.status not in PASSING:
                 raise
             yield {"error": describe(error)}

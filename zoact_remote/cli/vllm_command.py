@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from zoact_remote.cli.output import CommandFailed
+from zoact_remote.extension import PLUGIN, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
 
-PLUGIN = "zoact"
-WORKER_EXTENSION = "server_ext.extension.ZoActWorker"
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -113,8 +112,8 @@ def vllm_command(
             arguments += [name, *values]
     changes = {
         "VLLM_PLUGINS": _plugins(environment.get("VLLM_PLUGINS"), plugins),
-        "ZOACT_STATE": str(state.resolve()),
-        "ZOACT_TRAINING_SHARE": str(training_share),
+        STATE_VARIABLE: str(state.resolve()),
+        SHARE_VARIABLE: str(training_share),
     }
     changes |= key_environment(api_key, keys)
     if (api_key is not None or keys is not None) and "VLLM_API_KEY" not in environment:

@@ -54,7 +54,12 @@ class Estimator(Protocol):
         ...
 
     def tell(self, losses: Losses) -> Estimate:
-        """The estimate from the losses that were asked for."""
+        """The estimate from the losses that were asked for.
+
+        Raises:
+            InvalidValue: they are others; what lacks is named.
+
+        """
         ...
 
 

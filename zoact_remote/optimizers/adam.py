@@ -77,6 +77,10 @@ class Adam(Optimizer):
         terms = self._first.terms(-learning_rate * first_scale / (deviation + self.epsilon))
         return Update(base_version, tuple(terms), decay=learning_rate * self.weight_decay)
 
+    def most_terms(self, probes: int, steps: int) -> int:
+        """See :meth:`Optimizer.most_terms`."""
+        return probes * self._first.most(steps)
+
     def _state(self) -> Json:
         return {"steps": self._steps, "first": self._first.to_json(), "second": self._second}
 

@@ -83,6 +83,10 @@ class GaussianAdam(Optimizer):
             ),
         )
 
+    def most_terms(self, probes: int, steps: int) -> int:
+        """See :meth:`Optimizer.most_terms`."""
+        return probes * max(self._first.most(steps), self._second.most(steps))
+
     def _state(self) -> Json:
         return {
             "steps": self._steps,

@@ -34,6 +34,16 @@ class Optimizer(ABC):
         """
 
     @abstractmethod
+    def most_terms(self, probes: int, steps: int) -> int:
+        """How many terms an update lists at most, or its normaliser, in the next steps.
+
+        Args:
+            probes: terms of each step's estimate.
+            steps: to come, at least 1.
+
+        """
+
+    @abstractmethod
     def _state(self) -> Json:
         """What changes from step to step, fit for JSON."""
 

@@ -49,6 +49,10 @@ class SGD(Optimizer):
         terms = self._velocity.terms(-learning_rate)
         return Update(base_version, tuple(terms), decay=learning_rate * self.weight_decay)
 
+    def most_terms(self, probes: int, steps: int) -> int:
+        """See :meth:`Optimizer.most_terms`."""
+        return probes * self._velocity.most(steps)
+
     def _state(self) -> Json:
         return {"velocity": self._velocity.to_json()}
 

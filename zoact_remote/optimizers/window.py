@@ -37,6 +37,11 @@ class Window:
         """The weight of the step pushed ``age`` steps before the newest."""
         return self.decay**age
 
+    def most(self, steps: int) -> int:
+        """How many steps it holds at most while so many more are pushed."""
+        longest = len(self._steps) + steps
+        return longest if self._steps.maxlen is None else min(longest, self._steps.maxlen)
+
     def terms(self, scale: float = 1.0) -> list[Term]:
         """``(seed, scale weight g)``, oldest first; a seed that comes up again adds to its first place."""
         sums: dict[int, float] = {}

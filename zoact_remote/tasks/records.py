@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from zoact_remote.errors import ZoActError
 
-class RecordError(ValueError):
+
+class RecordError(ZoActError, ValueError):
     """A record that does not fit its task, or a source that holds no records. The message says where and what."""
 
 

@@ -1,7 +1,8 @@
 """What travels between client and server, as frozen dataclasses (JSON under ``/zoact/v1``).
 
-Rows of data are plain mappings, in one of three forms. Text is tokenised on the server; lists of token ids are accepted
-in its place, but for a conversation, which goes through the model's chat template::
+Rows of data are plain mappings, in one of three forms, which have types to declare them by. Text is tokenised on the
+server; lists of token ids are accepted in its place, but for a conversation, which goes through the model's chat
+template::
 
     {"prompt": "2 + 2 =", "completion": " 4"}
     {"prompt": "What a film! It was", "choices": [" terrible", " great"], "answer": 1}
@@ -29,7 +30,11 @@ from zoact_remote.wire.answers import (
 from zoact_remote.wire.values import (
     Basis,
     Change,
+    ChatRow,
+    ChoicesRow,
+    CompletionRow,
     Json,
+    Message,
     Normaliser,
     Probe,
     Rollback,
@@ -45,12 +50,16 @@ __all__ = [
     "Basis",
     "BasisResult",
     "Change",
+    "ChatRow",
+    "ChoicesRow",
+    "CompletionRow",
     "Generation",
     "Info",
     "JournalEntry",
     "Json",
     "Limits",
     "Losses",
+    "Message",
     "Normaliser",
     "Probe",
     "ProbeLoss",

@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypedDict, get_args
 
 from zoact_remote.errors import InvalidValue
 from zoact_remote.noise import MAX_SEED
 
+Text: TypeAlias = str | Sequence[int]
+"""Text, which the server tokenises, or its token ids."""
+
+
+class CompletionRow(TypedDict):
+    """A prompt, and what should follow it."""
+
+    prompt: Text
+    completion: Text
+
+
+class ChoicesRow(TypedDict):
+    """A prompt, what could follow it, and which of these is right, from 0."""
+
+    prompt: Text
+    choices: Sequence[Text]
+    answer: int
+
+
+class Message(TypedDict):
+    """A turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class ChatRow(TypedDict):
+    """A conversation, which ends with the assistant's turn."""
+
+    messages: Sequence[Message]
+
+
 Row: TypeAlias = Mapping[str, Any]
+"""One of the three. Any dictionary will do; one that is declared as one of them is checked by mypy and editors."""
 Term: TypeAlias = tuple[int, float]
 Json: TypeAlias = dict[str, Any]
 Sides = Literal["both", "plus"]

@@ -27,9 +27,16 @@ HELD_OUT = RECORDS[16:]
 """The fifth that commands hold out by default."""
 
 
-def run(*arguments: str, code: int = 0) -> Result:
-    """What ``zoact`` says."""
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+def run(*arguments: str, code: int = 0, answer: str = "") -> Result:
+    """What ``zoact`` says.
+
+    Args:
+        arguments: of the command.
+        code: that it is to exit with.
+        answer: on its standard input.
+
+    """
+    result = CliRunner().invoke(app, arguments, input=answer, catch_exceptions=False)
     assert result.exit_code == code, result.output
     return result
 

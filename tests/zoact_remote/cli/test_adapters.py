@@ -131,14 +131,26 @@ def test_rollback_returns_to_a_version(adapter: Adapter) -> None:
     assert adapter.refresh().version == 4
 
 
-def test_adapters_are_listed_and_deleted(client: Client, adapter: Adapter) -> None:
+def test_adapters_are_listed(adapter: Adapter) -> None:
     (listed,) = (found for found in run_json("adapters")["adapters"] if found["name"] == adapter.name)
     assert (listed["version"], listed["state"], listed["digest"]) == (2, "ready", adapter.info.digest)
     assert adapter.name in run("adapters").stdout
-    assert "deleted" in run("adapters", "--delete", adapter.name).stdout
-    assert adapter.name not in [found["name"] for found in run_json("adapters")["adapters"]]
+
+
+@pytest.mark.parametrize("answer", ["n\n", ""])
+def test_nothing_is_deleted_that_nobody_is_sure_of(adapter: Adapter, answer: str) -> None:
+    refused = run("delete", adapter.name, code=1, answer=answer)
+    assert f"delete {adapter.name}, which is at version 2, for good? [y/N]" in refused.stderr
+    assert "is left as it is; --yes deletes it without asking" in " ".join(refused.stderr.split())
+    assert adapter.refresh().version == 2
+
+
+@pytest.mark.parametrize(("flags", "answer"), [(("--yes",), ""), ((), "y\n")])
+def test_an_adapter_is_deleted(client: Client, adapter: Adapter, flags: tuple[str, ...], answer: str) -> None:
+    assert run("delete", adapter.name, *flags, answer=answer).stdout.endswith(f"{adapter.name} is deleted\n")
     with pytest.raises(NotFound):
         client.adapter(adapter.name)
+    assert run_json("delete", adapter.name, "--yes", code=1)["error"]["type"] == "NotFound"
 
 
 def test_long_names_are_listed_whole(client: Client) -> None:

@@ -11,12 +11,12 @@ import responses
 
 from tests.support import new_adapter
 from tests.zoact_remote.cli.support import run, run_json
+from tests.zoact_remote.test_client import INFO
 from zoact_remote import Client
 from zoact_remote.cli.local_server import free_port
 from zoact_remote.cli.output import CommandFailed, describe
-from zoact_remote.errors import BadRequest, InvalidValue
+from zoact_remote.errors import BadRequest, InvalidValue, TrainingDiverged
 from zoact_remote.tasks import RecordError
-from zoact_remote.training import TrainingDiverged
 
 URL = "http://server:8000"
 
@@ -70,6 +70,20 @@ def test_a_server_that_is_starting_is_not_waited_for() -> None:
         server.get(f"{URL}/zoact/v1/info", status=503, json={"error": error}, headers={"x-request-id": "r1"})
         result = run("adapters", "--url", URL, code=1)
     assert result.stderr == "error: the server is still starting (request r1)\n"
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_what_is_waited_for_is_shown(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    monkeypatch.setattr("zoact_remote.transport.BACKOFF", lambda state: 0.0)
+    with responses.RequestsMock() as server:
+        server.get(f"{URL}/zoact/v1/info", json=INFO)
+        server.get(f"{URL}/zoact/v1/adapters", status=502)
+        server.get(f"{URL}/zoact/v1/adapters", json={"adapters": []})
+        result = run("adapters", "--url", URL, *flags)
+    assert re.fullmatch(
+        r"GET /adapters: 502 Bad Gateway \(502, request zoact-\w+\); trying again in 0.0 s\n", result.stderr
+    )
+    assert result.stdout == ('{\n  "adapters": []\n}\n' if flags else "no adapters\n")
 
 
 def test_a_missing_file_is_named() -> None:

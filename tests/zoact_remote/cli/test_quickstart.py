@@ -19,6 +19,7 @@ from tests.zoact_remote.cli.support import HELD_OUT, TASK, ServeScript, figures,
 from zoact_remote import Client, NotFound
 from zoact_remote.cli import local_server
 from zoact_remote.cli.quickstart import ADAPTER
+from zoact_remote.locks import lock
 
 ROWS = TASK.rows(HELD_OUT)
 
@@ -75,6 +76,20 @@ def test_quickstart_deletes_no_state_but_its_own(data: str, file: str, kept: boo
     (state / file).write_text("of before")
     run("quickstart", "--dataset", data, "--model", "m", "--steps", "1", "--out", "out")
     assert (state / file).exists() is kept
+
+
+@pytest.mark.usefixtures("_shared_server")
+def test_quickstart_leaves_the_state_of_a_running_server_alone(data: str) -> None:
+    state = Path("out/state")
+    state.mkdir(parents=True)
+    (state / "journal.sqlite").write_text("of a server that runs")
+    command = ("quickstart", "--dataset", data, "--model", "m", "--steps", "1", "--out", "out")
+    with lock(state):
+        refused = run(*command, code=1).stderr
+        assert f"still uses out/state (process {os.getpid()})" in " ".join(refused.split())
+        assert (state / "journal.sqlite").read_text() == "of a server that runs"
+    run(*command)
+    assert not (state / "journal.sqlite").exists()
 
 
 @pytest.mark.usefixtures("_shared_server")

@@ -1,13 +1,14 @@
 """``zoact runs``."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.zoact_remote.cli.support import results_of, run, run_json
 from zoact_remote import Client
-from zoact_remote.cli.run_files import LOCK, _locked, is_under_way
+from zoact_remote.locks import lock
 
 SHORT = ("--steps", "4", "--batch-size", "2", "--eval-every", "2")
 
@@ -36,14 +37,12 @@ def test_runs_under_way_and_cut_off(data: str, name: str, client: Client) -> Non
     with (out / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 4, "torn')
     assert run_json("runs")["runs"][0]["state"] == "cut off"
-    lock = _locked(out / LOCK)
-    assert lock is not None
-    assert is_under_way(out)
-    (found,) = run_json("runs")["runs"]
-    assert (found["state"], found["steps"]) == ("running", 4)
-    assert "under way" in run("train", data, "--adapter", name, *SHORT, "--resume", code=1).stderr
-    lock.close()
-    assert not is_under_way(out)
+    with lock(out):
+        (found,) = run_json("runs")["runs"]
+        assert (found["state"], found["steps"]) == ("running", 4)
+        refused = run("train", data, "--adapter", name, *SHORT, "--resume", code=1).stderr
+        assert f"a run is under way in {out} (process {os.getpid()})" in " ".join(refused.split())
+    assert run_json("runs")["runs"][0]["state"] == "cut off"
 
 
 def test_no_runs() -> None:

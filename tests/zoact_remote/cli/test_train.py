@@ -152,3 +152,15 @@ def test_a_run_that_fails_leaves_its_curves(data: str, name: str, client: Client
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
     assert not (out / "result.json").exists()
     assert client.adapter(name).info.version == 0
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize("measured", [(), ("--learning-rate", "auto", "--epsilon", "auto")])
+def test_train_is_refused_before_it_begins_if_an_update_would_be_too_long(
+    data: str, name: str, client: Client, measured: tuple[str, ...]
+) -> None:
+    error = run_json("train", data, "--adapter", name, "--probes", "94", *measured, code=1)["error"]
+    assert error["param"] == "probes"
+    assert "4136 terms, beyond the server's max_terms (4096): take 93 at most" in error["message"]
+    assert name not in [adapter.name for adapter in client.adapters()]
+    assert not results_of(name).exists()
