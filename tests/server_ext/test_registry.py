@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -94,11 +95,15 @@ class Stage:
 
     def bring(self, name: str, seed: int = 0) -> tuple[Layout, list[NDArray[np.float32]]]:
         """Imports an adapter; where it acts, and what it begins with."""
-        sites = select_sites(self._engine.sites, SITES)
-        archive = lora_archive(random_halves(sites, 2, seed))
-        self.run(self.service.import_adapter(OPERATOR, name, archive, "rademacher"))
-        found = read_lora(archive, sites, 2, "")
+        self.run(self.bring_later(name, seed))
+        found = read_lora(self._archive(seed), self._engine.sites, 2, "")
         return found.layout, [found.flat]
+
+    async def bring_later(self, name: str, seed: int = 0) -> None:
+        await self.service.import_adapter(OPERATOR, name, self._archive(seed), "rademacher")
+
+    def _archive(self, seed: int) -> bytes:
+        return lora_archive(random_halves(select_sites(self._engine.sites, SITES), 2, seed))
 
     def change(self, name: str, change: Change) -> tuple[int, str, bool]:
         async def make() -> tuple[int, str, bool]:
@@ -109,11 +114,11 @@ class Stage:
         return self.run(make())
 
     def read(self, name: str, version: int) -> NDArray[np.float32]:
-        async def read() -> NDArray[np.float32]:
-            async with self.registry.at(self.registry.calibrated(name), version) as point:
-                return await self._engine.read(point.key, point.version)
+        return self.run(self.read_later(name, version))
 
-        return self.run(read())
+    async def read_later(self, name: str, version: int) -> NDArray[np.float32]:
+        async with self.registry.at(self.registry.calibrated(name), version) as point:
+            return await self._engine.read(point.key, point.version)
 
 
 @dataclass
@@ -374,6 +379,51 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     held = engine._store[registry.calibrated("acme/a").row.key].versions
     stage.change("acme/a", Update(8, ()))
     assert len(held) <= 4
+
+
+@pytest.mark.parametrize(
+    ("files", "method", "use"),
+    [
+        ("_files", "read_basis", lambda s: s.service.export("acme/a", None, "float32")),
+        ("_files", "read_import", lambda s: s.read_later("acme/a", 0)),
+        ("_files", "write_import", lambda s: s.bring_later("acme/c")),
+        ("_files", "write_basis", lambda s: s.bring_later("acme/c")),
+        ("_files", "remove", lambda s: s.service.delete("acme/a")),
+        ("snapshots", "read", lambda s: s.read_later("acme/a", EVERY)),
+    ],
+)
+def test_nobodys_files_hold_up_a_commit(
+    stage: Stage, files: str, method: str, use: Callable[[Stage], Coroutine[Any, Any, Any]]
+) -> None:
+    stage.bring("acme/a")
+    for version in range(2 * EVERY):
+        stage.change("acme/a", Update(version, ((version, 0.5),)))
+    make_adapter(stage, "umbra/a")
+    # So that the engine holds nothing but the newest version.
+    stage.stop()
+    stage.start()
+    owner = stage.registry._files if files == "_files" else stage.registry._files.snapshots
+    function, begun, end = getattr(owner, method), threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> Any:
+        begun.set()
+        assert end.wait(20)
+        return function(*args)
+
+    async def change_meanwhile() -> None:
+        using = asyncio.create_task(use(stage))
+        try:
+            assert await asyncio.to_thread(begun.wait, 30)
+            async with stage.registry.changing("umbra/a") as adapter:
+                result = await stage.registry.change(adapter, Update(0, ((1, 0.5),)))
+            assert (result.version, using.done()) == (1, False)
+        finally:
+            end.set()
+            await using
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, wait)
+        stage.run(change_meanwhile())
 
 
 def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
