@@ -289,17 +289,19 @@ class Registry:
     @asynccontextmanager
     async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
         """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
-        with ExitStack() as stack:
-            if version == adapter.version:
-                stack.enter_context(adapter.pinned(version))
-            else:
-                async with adapter.lock:
-                    self._check_there(adapter)
-                    await self._versions.hold(adapter, version)
+        try:
+            with ExitStack() as stack:
+                if version == adapter.version:
                     stack.enter_context(adapter.pinned(version))
-            yield adapter.point(version)
-        if adapter.deleted:
-            await self._drop_if_unused(adapter)
+                else:
+                    async with adapter.lock:
+                        self._check_there(adapter)
+                        await self._versions.hold(adapter, version)
+                        stack.enter_context(adapter.pinned(version))
+                yield adapter.point(version)
+        finally:
+            if adapter.deleted:
+                await self._drop_if_unused(adapter)
 
     def _start_snapshot(self, adapter: Adapter) -> None:
         """Writes a snapshot of the newest version, beside whatever else goes on."""

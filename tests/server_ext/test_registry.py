@@ -30,7 +30,7 @@ from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.importing import read_lora
 from server_ext.registry import Registry
-from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
+from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
 from server_ext.tenants import OPERATOR
 from tests.loras import lora_archive, random_halves
@@ -424,6 +424,37 @@ def test_nobodys_files_hold_up_a_commit(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, method, wait)
         stage.run(change_meanwhile())
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_adapter_deleted_under_an_evaluation_that_fails_is_dropped(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    stage.bring("acme/a")
+    stage.change("acme/a", Update(0, ((1, 0.5),)))
+    held = stage._engine._store._adapters
+    key = stage.registry.adapter("acme/a").row.key
+
+    async def delete_meanwhile() -> None:
+        begun, end = asyncio.Event(), asyncio.Event()
+
+        async def fail(*_: Any) -> Any:
+            begun.set()
+            await end.wait()
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(stage._engine, "score", fail)
+        ask = AskScores(rows=[CompletionRow(prompt=[0, 40], completion=[41])], version=version)
+        scoring = asyncio.create_task(stage.service.scores(OPERATOR, "acme/a", ask))
+        await begun.wait()
+        await stage.service.delete("acme/a")
+        assert key in held
+        end.set()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await scoring
+
+    stage.run(delete_meanwhile())
+    assert key not in held
 
 
 def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:
