@@ -33,7 +33,8 @@ class Adapter:
         largest: no coefficient of the newest version is larger; infinite where that is not known.
         lock: held by whoever changes the adapter, or what the engine holds of it.
         deleted: set once it is gone, for those who waited for the lock.
-        failure: why it could not be restored; None if it was.
+        failure: what left the engine with something else than the journal says; None if nothing did. The next call
+            loads the adapter again.
 
     """
 
@@ -45,8 +46,10 @@ class Adapter:
         self.largest = math.inf
         self.lock = asyncio.Lock()
         self.deleted = False
-        self.failure: str | None = None
+        self.failure: BaseException | None = None
         self._pins: Counter[int] = Counter()
+        self._unread = asyncio.Event()
+        self._unread.set()
         self._lately: deque[int] = deque(maxlen=OLD_VERSIONS_KEPT)
 
     @property
@@ -56,8 +59,8 @@ class Adapter:
 
     @property
     def state(self) -> Literal["new", "ready", "failed"]:
-        """Before calibration ``new``; ``failed`` if it could not be restored."""
-        return "failed" if self.failure else "new" if self.row.basis.digest is None else "ready"
+        """Before calibration ``new``; ``failed`` until it has been loaded again."""
+        return "failed" if self.failure is not None else "new" if self.row.basis.digest is None else "ready"
 
     @property
     def in_use(self) -> bool:
@@ -76,14 +79,21 @@ class Adapter:
     def pinned(self, version: int) -> Iterator[None]:
         """Keeps a version in the engine."""
         self._pins[version] += 1
+        self._unread.clear()
         try:
             yield
         finally:
             self._pins[version] -= 1
             if not self._pins[version]:
                 del self._pins[version]
+            if not self._pins:
+                self._unread.set()
             if version != self.version and version in self.digests and version not in self._lately:
                 self._lately.append(version)
+
+    async def unread(self) -> None:
+        """Waits until no version is pinned."""
+        await self._unread.wait()
 
     def needed(self) -> set[int]:
         """Versions that the engine must go on to hold."""

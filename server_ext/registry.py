@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,20 +65,17 @@ class Registry:
     async def restore(self) -> None:
         """Brings every adapter back at its last version. One that is damaged is marked so, and the others serve."""
         for adapter in self.all():
-            if adapter.row.basis.digest is None:
-                continue
-            try:
+            if adapter.row.basis.digest is not None:
                 async with adapter.lock:
-                    await self._versions.load(adapter)
-            except Exception as error:
-                adapter.failure = str(error)
-                log.exception("adapter not restored", adapter=adapter.row.name)
+                    with suppress(ApiError):
+                        await self._load(adapter)
 
     async def close(self) -> None:
         """Writes a snapshot of what has changed since its last one, so that the next start has nothing to replay."""
         await asyncio.gather(*self._snapshot_tasks)
         for adapter in self.all():
-            if adapter.digest is not None and adapter.version not in self._files.snapshots.versions(adapter.row.key):
+            ready = adapter.digest is not None and adapter.failure is None
+            if ready and adapter.version not in self._files.snapshots.versions(adapter.row.key):
                 self._start_snapshot(adapter)
                 await asyncio.gather(*self._snapshot_tasks)
         await self._journal.close()
@@ -101,15 +98,14 @@ class Registry:
         except KeyError:
             raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "adapter") from None
 
-    def calibrated(self, name: str) -> Adapter:
-        """As ``adapter``; raises ApiError too if it has no basis yet (409), or could not be restored (503)."""
+    async def calibrated(self, name: str) -> Adapter:
+        """As ``adapter``; raises ApiError too if it has no basis yet (409), or failed and does so again (500)."""
         adapter = self.adapter(name)
         if adapter.failure is not None:
-            raise ApiError(
-                503, "adapter_failed", f"{name!r} could not be restored; the server's log says why", "adapter"
-            )
-        if adapter.digest is None:
-            raise ApiError(409, "basis_missing", f"{name!r} has no basis yet: POST rows to its /basis first", "adapter")
+            async with adapter.lock:
+                self._check_there(adapter)
+                await self._mend(adapter)
+        self._check_calibrated(adapter)
         return adapter
 
     @asynccontextmanager
@@ -179,7 +175,7 @@ class Registry:
         basis = adapter.row.basis.model_copy(update=found)
         await self._journal(Journal.set_basis, adapter.row.key, basis)
         adapter.row = replace(adapter.row, basis=basis)
-        await self._versions.load(adapter)
+        await self._load(adapter)
         return digest
 
     async def change(self, adapter: Adapter, change: Change, path: str = "") -> schemas.UpdateResult:
@@ -192,10 +188,12 @@ class Registry:
 
         Raises:
             ApiError: the change is stale (412), uses a key of another one (409), goes back to a version that is not
-                there (404) or is too large (400), or the disk failed (503); nothing changed.
+                there (404) or is too large (400), the adapter has no basis yet (409) or cannot be brought back after a
+                failure (500), or the disk failed (503); nothing changed.
 
         """
-        self.calibrated(adapter.row.name)
+        await self._mend(adapter)
+        self._check_calibrated(adapter)
         before = await self._made_before(adapter, change, path)
         if before is not None:
             return before
@@ -215,14 +213,16 @@ class Registry:
         else:
             largest = await self._largest_after(adapter, change, path)
         assert adapter.digest is not None
-        with self._metrics.appending():
-            version = await self._journal(Journal.append, adapter.row.key, change, adapter.digest)
         try:
+            with self._metrics.appending():
+                version = await self._journal(Journal.append, adapter.row.key, change, adapter.digest)
             base = change.to_version if isinstance(change, Rollback) else change.base_version
             digest = await self._versions.make(adapter, version, base, change)
-        except Exception as error:
-            # The change stands in the journal, so it happened; whoever replays it has it.
-            adapter.failure = str(error)
+        except ApiError:
+            raise  # It did not reach the disk.
+        except BaseException as error:
+            # The change stands in the journal, or may do so: it happened, whatever the engine made of it.
+            adapter.failure = error
             raise
         adapter.version = version
         adapter.largest = largest
@@ -291,17 +291,39 @@ class Registry:
         """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
         try:
             with ExitStack() as stack:
-                if version == adapter.version:
+                if version == adapter.version and adapter.failure is None:
                     stack.enter_context(adapter.pinned(version))
                 else:
                     async with adapter.lock:
                         self._check_there(adapter)
+                        await self._mend(adapter)
                         await self._versions.hold(adapter, version)
                         stack.enter_context(adapter.pinned(version))
                 yield adapter.point(version)
         finally:
             if adapter.deleted:
                 await self._drop_if_unused(adapter)
+
+    async def _mend(self, adapter: Adapter) -> None:
+        """Brings an adapter that is locked back if something has gone wrong with it, as ``_load`` does."""
+        if adapter.failure is not None:
+            log.warning("adapter is loaded again", adapter=adapter.row.name, after=repr(adapter.failure))
+            # Nobody begins to read it before it is mended, and what is read already must not be taken away.
+            await adapter.unread()
+            await self._load(adapter)
+
+    async def _load(self, adapter: Adapter) -> None:
+        """Has the engine hold an adapter that is locked as the journal says. Raises ApiError (500) if it does not."""
+        try:
+            await self._versions.load(adapter)
+        except BaseException as error:
+            adapter.failure = error
+            if not isinstance(error, Exception):
+                raise
+            log.exception("adapter not loaded", adapter=adapter.row.name)
+            message = f"{adapter.row.name!r} could not be brought back from the journal; the server's log says why"
+            raise ApiError(500, "adapter_failed", message, "adapter") from error
+        adapter.failure = None
 
     def _start_snapshot(self, adapter: Adapter) -> None:
         """Writes a snapshot of the newest version, beside whatever else goes on."""
@@ -325,6 +347,12 @@ class Registry:
     async def _drop_if_unused(self, adapter: Adapter) -> None:
         if not adapter.in_use:
             await self._engine.drop(adapter.row.key)
+
+    def _check_calibrated(self, adapter: Adapter) -> None:
+        """Raises ApiError (409) if an adapter has no basis yet."""
+        if adapter.digest is None:
+            name = adapter.row.name
+            raise ApiError(409, "basis_missing", f"{name!r} has no basis yet: POST rows to its /basis first", "adapter")
 
     def _check_there(self, adapter: Adapter) -> None:
         """Raises ApiError (404) if an adapter was deleted while somebody waited for it."""

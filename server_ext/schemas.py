@@ -189,7 +189,7 @@ class AdapterInfo(Message):
     )
     created: datetime
     state: Literal["new", "ready", "failed"] = Field(
-        description="new: the basis has not been taken yet. failed: it could not be restored."
+        description="new: the basis has not been taken yet. failed: it could not be loaded; the next call tries again."
     )
 
 

@@ -211,7 +211,7 @@ class Service:
 
     async def losses(self, caller: Caller, name: str, ask: schemas.AskLosses) -> schemas.Losses:
         started = time.perf_counter()
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
             raise invalid("probes", f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}")
         sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
@@ -259,7 +259,7 @@ class Service:
         )
 
     async def scores(self, caller: Caller, name: str, ask: schemas.AskScores) -> schemas.Scores:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         rows = self._tokenise(caller, ask.rows, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
             ((scores, tokens),) = await self._score(adapter, [point], rows)
@@ -274,7 +274,7 @@ class Service:
         )
 
     async def generate(self, name: str, ask: schemas.AskGeneration) -> schemas.Generation:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         encode, vocabulary = self.engine.encode, self.engine.model.vocabulary
         if ask.messages is not None:
             opened = chat_text(ask.messages, True, "messages", self.engine.render_chat)
@@ -300,7 +300,7 @@ class Service:
     # History ----------------------------------------------------------------------------------------------------------
 
     async def journal(self, name: str, after: int, limit: int) -> schemas.JournalPage:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         entries = await self.registry.entries(adapter, after, limit)
         info = adapter.info()
         return schemas.JournalPage(
@@ -312,7 +312,7 @@ class Service:
         )
 
     async def export(self, name: str, version: int | None, dtype: str) -> bytes:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         version = self.registry.existing(adapter, version)
         async with self.registry.at(adapter, version) as point:
             flat = await self.engine.read(point.key, version)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -41,7 +43,7 @@ class Versions:
         await self._engine.put(row.key, adapter.layout, row.distribution, basis)
         version = await self._journal(Journal.newest, row.key)
         await self.hold(adapter, version)
-        adapter.version = version
+        adapter.version, adapter.largest = version, math.inf
 
     async def hold(self, adapter: Adapter, version: int) -> str:
         """Sees to it that the engine holds a version, and returns its digest."""

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.importing import read_lora
+from server_ext.journal import Journal
 from server_ext.registry import Registry
 from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
@@ -52,6 +54,10 @@ EVERY = 3
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> TransformersEngine:
     return TransformersEngine(str(tiny_model))
+
+
+class Broken(Exception):
+    """What a failing engine raises: there is nothing in its words."""
 
 
 class Stage:
@@ -90,6 +96,22 @@ class Stage:
         self.stop()
         self.directory = copy
 
+    @contextmanager
+    def failing(self, method: str, done: bool, version: int | None = None) -> Iterator[None]:
+        """Has a method of the engine fail, of one version alone if given, before or after what it does is done."""
+        stock = getattr(self._engine, method)
+
+        async def fail(*args: Any) -> Any:
+            if version is not None and args[1] != version:
+                return await stock(*args)
+            if done:
+                await stock(*args)
+            raise Broken
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self._engine, method, fail)
+            yield
+
     async def _settle(self) -> None:
         await asyncio.gather(*self.registry._snapshot_tasks)
 
@@ -117,7 +139,7 @@ class Stage:
         return self.run(self.read_later(name, version))
 
     async def read_later(self, name: str, version: int) -> NDArray[np.float32]:
-        async with self.registry.at(self.registry.calibrated(name), version) as point:
+        async with self.registry.at(await self.registry.calibrated(name), version) as point:
             return await self._engine.read(point.key, point.version)
 
 
@@ -253,6 +275,32 @@ class RegistryMachine(RuleBasedStateMachine):
             self.make(name, history, last)
             assert self.stage.change(name, last) == (history.newest, history.digest(history.newest), False)
 
+    @precondition(lambda self: any(self.adapters.values()))
+    @rule(data=st.data(), change=CHANGES, keyed=st.booleans(), done=st.booleans(), again=st.booleans())
+    def change_while_the_engine_fails(
+        self, data: st.DataObject, change: Change, keyed: bool, done: bool, again: bool
+    ) -> None:
+        name, history = data.draw(st.sampled_from([(n, h) for n, h in self.adapters.items() if h is not None]))
+        key = f"unused-{history.newest}" if keyed else None
+        change = replace(change, base_version=history.newest, key=key)
+        if isinstance(change, Rollback):
+            change = replace(change, to_version=min(change.to_version, history.newest))
+        history.flats.append(history.after(change))
+        made = (history.newest, history.digest(history.newest), False)
+        if key is not None:
+            history.keys[key] = (change, history.newest)
+        with self.stage.failing("hold", done, version=history.newest), pytest.raises(Broken):
+            self.stage.change(name, change)
+        if again:
+            with self.stage.failing("put", done), pytest.raises(ApiError) as failed:
+                self.stage.read(name, 0)
+            assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
+            assert self.stage.registry.adapter(name).info().state == "failed"
+        if key is not None:
+            assert self.stage.change(name, change) == made
+        else:
+            np.testing.assert_array_equal(self.stage.read(name, history.newest), history.flats[-1])
+
     @rule(name=st.sampled_from(NAMES), data=st.data())
     def read_any_version(self, name: str, data: st.DataObject) -> None:
         history = self.adapters.get(name)
@@ -342,10 +390,85 @@ def test_a_damaged_file_costs_its_adapter_and_no_other(stage: Stage, kind: str, 
     assert states == {"acme/a": "failed", "acme/b": "ready"}
     with pytest.raises(ApiError) as failed:
         stage.change("acme/a", Update(0, ()))
-    assert (failed.value.status, failed.value.code) == (503, "adapter_failed")
+    assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
     assert stage.change("acme/b", Update(0, ((1, 0.5),)))[0] == 1
     stage.run(stage.service.delete("acme/a"))
     assert not list((stage.directory / "imports").iterdir())
+
+
+def test_an_adapter_that_failed_is_mended_behind_those_who_read_it(stage: Stage) -> None:
+    stage.bring("acme/a")
+    registry, engine = stage.registry, stage._engine
+
+    async def read_through_a_failure() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        adapter = await registry.calibrated("acme/a")
+        async with registry.at(adapter, 0) as point:
+            before = await engine.read(point.key, 0)
+            with stage.failing("hold", done=False), pytest.raises(Broken):
+                async with registry.changing("acme/a"):
+                    await registry.change(adapter, Update(0, ((1, 0.5),)))
+            assert adapter.info().state == "failed"
+            mending = asyncio.create_task(registry.calibrated("acme/a"))
+            late = asyncio.create_task(stage.read_later("acme/a", 0))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            after = await engine.read(point.key, 0)
+            assert (mending.done(), late.done()) == (False, False)
+        assert (await mending).version == 1
+        np.testing.assert_array_equal(await late, before)
+        return before, after
+
+    np.testing.assert_array_equal(*stage.run(read_through_a_failure()))
+
+
+@pytest.mark.parametrize("method", ["put", "hold"])
+def test_a_basis_that_could_not_be_loaded_is_there_once_it_can(stage: Stage, method: str) -> None:
+    ask = CreateAdapter(name="acme/a", rank=2, sites=list(SITES), basis=BasisSpec(source="random"))
+    stage.run(stage.service.create(OPERATOR, ask))
+    with stage.failing(method, done=False):
+        for call in (
+            lambda: stage.run(stage.service.calibrate(OPERATOR, "acme/a", Calibrate())),
+            lambda: stage.read("acme/a", 0),
+            lambda: stage.change("acme/a", Update(0, ())),
+        ):
+            with pytest.raises(ApiError) as failed:
+                call()
+            assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
+            assert stage.registry.adapter("acme/a").info().state == "failed"
+    assert not stage.read("acme/a", 0).any()
+    info = stage.registry.adapter("acme/a").info()
+    assert (info.state, info.version, info.digest is None) == ("ready", 0, False)
+    assert stage.change("acme/a", Update(0, ((1, 0.5),)))[0] == 1
+
+
+def test_a_call_that_is_cancelled_in_mid_change_leaves_the_adapter_as_the_journal_has_it(stage: Stage) -> None:
+    layout, (start,) = stage.bring("acme/a")
+    update = Update(0, ((1, 0.5),))
+    append = Journal.append
+
+    async def cancel() -> None:
+        begun, end = threading.Event(), threading.Event()
+
+        def wait(*args: Any) -> int:
+            begun.set()
+            assert end.wait(20)
+            return append(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", wait)
+            async with stage.registry.changing("acme/a") as adapter:
+                changing = asyncio.create_task(stage.registry.change(adapter, update))
+                assert await asyncio.to_thread(begun.wait, 20)
+                changing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await changing
+            end.set()
+
+    stage.run(cancel())
+    np.testing.assert_array_equal(stage.read("acme/a", 0), start)
+    assert stage.registry.adapter("acme/a").version == 1
+    np.testing.assert_array_equal(stage.read("acme/a", 1), apply_update(start, layout, "rademacher", update))
+    assert stage.change("acme/a", Update(1, ()))[0] == 2
 
 
 def test_another_adapters_coefficients_are_not_taken(stage: Stage) -> None:
@@ -363,7 +486,7 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     registry, engine = stage.registry, stage._engine
 
     async def read_through_changes() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        adapter = registry.calibrated("acme/a")
+        adapter = await registry.calibrated("acme/a")
         async with registry.at(adapter, adapter.version) as point:
             before = await engine.read(point.key, point.version)
             for version in range(8):
@@ -376,7 +499,7 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     before, after = stage.run(read_through_changes())
     np.testing.assert_array_equal(before, after)
     # Nobody needs it any longer, so it goes with the next change or two.
-    held = engine._store[registry.calibrated("acme/a").row.key].versions
+    held = engine._store[registry.adapter("acme/a").row.key].versions
     stage.change("acme/a", Update(8, ()))
     assert len(held) <= 4
 

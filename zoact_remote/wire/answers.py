@@ -122,7 +122,8 @@ class AdapterInfo:
         imported_digest: digest of version 0's coefficients where they were imported; None where version 0 is the base
             model.
         created: when it was created.
-        state: ``"new"`` before calibration, then ``"ready"``.
+        state: ``"new"`` before calibration, then ``"ready"``; ``"failed"`` if the server could not load it, which it
+            tries again with the next call.
 
     """
 
