@@ -11,10 +11,14 @@ from typing import Literal
 
 from server_ext import schemas
 from server_ext.journal import AdapterRow
+from server_ext.key_limit import KeyLimit
 from server_ext.store import Point
 from zoact_remote.layout import Layout
 
 BYTES_PER_COEFFICIENT = 4
+VERSIONS_READ_AT_ONCE = 8
+"""Of one adapter; whoever wants another one waits. As many as vLLM has slots by default: beyond them is memory to lose,
+and no time to win."""
 OLD_VERSIONS_KEPT = 2
 """Past versions of an adapter that the engine goes on to hold after they were last used."""
 
@@ -22,7 +26,9 @@ OLD_VERSIONS_KEPT = 2
 class Adapter:
     """An adapter's row in the journal, and what follows from it.
 
-    Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is.
+    Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is. So the
+    engine holds the newest version, at most ``VERSIONS_READ_AT_ONCE`` and ``OLD_VERSIONS_KEPT`` others, and what it makes
+    another one from.
 
     Attributes:
         row: as journalled.
@@ -31,6 +37,7 @@ class Adapter:
         digest: of the newest coefficients; None before calibration.
         digests: of the versions that the engine holds.
         largest: no coefficient of the newest version is larger; infinite where that is not known.
+        reading: lets those in who evaluate versions.
         lock: held by whoever changes the adapter, or what the engine holds of it.
         deleted: set once it is gone, for those who waited for the lock.
         failure: what left the engine with something else than the journal says; None if nothing did. The next call
@@ -44,6 +51,7 @@ class Adapter:
         self.version = 0
         self.digests: dict[int, str] = {}
         self.largest = math.inf
+        self.reading = KeyLimit(VERSIONS_READ_AT_ONCE)
         self.lock = asyncio.Lock()
         self.deleted = False
         self.failure: BaseException | None = None

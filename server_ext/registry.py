@@ -288,10 +288,16 @@ class Registry:
 
     @asynccontextmanager
     async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
-        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile."""
+        """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile.
+
+        Of one adapter there are so many versions at a time; for a further one it waits. Raises ApiError if the adapter
+        was deleted meanwhile (404), or failed and does so again (500).
+        """
         try:
-            with ExitStack() as stack:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(adapter.reading.use(version))
                 if version == adapter.version and adapter.failure is None:
+                    self._check_there(adapter)
                     stack.enter_context(adapter.pinned(version))
                 else:
                     async with adapter.lock:
@@ -334,12 +340,12 @@ class Registry:
         task.add_done_callback(self._snapshot_tasks.discard)
 
     async def _snapshot(self, adapter: Adapter, point: Point, pin: ExitStack) -> None:
-        with pin:
-            try:
+        try:
+            with pin:
                 flat = await self._engine.read(point.key, point.version)
-                await in_thread(self._files.snapshots.write, point.key, point.version, point.digest, flat)
-            except Exception:
-                log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
+            await in_thread(self._files.snapshots.write, point.key, point.version, point.digest, flat)
+        except Exception:
+            log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
         if adapter.deleted:
             await in_thread(self._files.snapshots.remove, adapter.row.key)
             await self._drop_if_unused(adapter)

@@ -395,7 +395,9 @@ class TenantLimits(Message):
     """What one tenant may use. None: as much as there is."""
 
     max_adapters: Count | None = 64
-    max_coefficient_bytes: Count | None = Field(4 << 30, description="Over all of its adapters' coefficients.")
+    max_coefficient_bytes: Count | None = Field(
+        4 << 30, description="Over all of its adapters' coefficients, each at one version."
+    )
     max_rank: Count | None = Field(None, description="The engine's own limit is the other bound.")
     max_probes: Count = Field(256, description="A call.")
     max_rows: Count = Field(1024, description="A call.")

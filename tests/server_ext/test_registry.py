@@ -27,6 +27,7 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
+from server_ext.adapters import OLD_VERSIONS_KEPT, VERSIONS_READ_AT_ONCE, Adapter
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.importing import read_lora
@@ -502,6 +503,45 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     held = engine._store[registry.adapter("acme/a").row.key].versions
     stage.change("acme/a", Update(8, ()))
     assert len(held) <= 4
+
+
+def test_of_many_versions_asked_for_at_once_few_are_held(stage: Stage) -> None:
+    layout, flats = stage.bring("acme/a")
+    newest = 2 * VERSIONS_READ_AT_ONCE
+    for version in range(newest):
+        change = Update(version, ((version, 0.5),))
+        flats.append(apply_update(flats[-1], layout, "rademacher", change))
+        stage.change("acme/a", change)
+    registry, held = stage.registry, stage._engine._store[stage.registry.adapter("acme/a").row.key].versions
+    inside: list[int] = []
+    most = {"read": 0, "held": 0}
+
+    async def read(adapter: Adapter, version: int, end: asyncio.Event) -> NDArray[np.float32]:
+        async with registry.at(adapter, version) as point:
+            inside.append(version)
+            most["read"] = max(most["read"], len(set(inside)))
+            most["held"] = max(most["held"], len(held))
+            await end.wait()
+            flat = await stage._engine.read(point.key, version)
+            inside.remove(version)
+        return flat
+
+    async def crowd() -> list[NDArray[np.float32]]:
+        adapter, end = await registry.calibrated("acme/a"), asyncio.Event()
+        asked = [version for version in range(newest + 1) for _ in range(2)]
+        readers = [asyncio.create_task(read(adapter, version, end)) for version in asked]
+        while len(inside) < 2 * VERSIONS_READ_AT_ONCE:
+            await asyncio.sleep(0.001)
+        # Training does not wait for them.
+        async with registry.changing("acme/a"):
+            assert (await registry.change(adapter, Update(newest, ()))).applied
+        end.set()
+        return await asyncio.gather(*readers)
+
+    for i, found in enumerate(stage.run(crowd())):
+        np.testing.assert_array_equal(found, flats[i // 2])
+    assert most["read"] == VERSIONS_READ_AT_ONCE
+    assert most["held"] <= 1 + VERSIONS_READ_AT_ONCE + OLD_VERSIONS_KEPT + 1
 
 
 @pytest.mark.parametrize(
