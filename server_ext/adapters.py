@@ -27,8 +27,8 @@ class Adapter:
     """An adapter's row in the journal, and what follows from it.
 
     Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is. So the
-    engine holds the newest version, at most ``VERSIONS_READ_AT_ONCE`` and ``OLD_VERSIONS_KEPT`` others, and what it makes
-    another one from.
+    engine holds the newest version, at most ``VERSIONS_READ_AT_ONCE`` and ``OLD_VERSIONS_KEPT`` others, and the one
+    that another was just made from.
 
     Attributes:
         row: as journalled.

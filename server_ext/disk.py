@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from io import BufferedRandom
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Concatenate, ParamSpec, TypeVar
 
 from server_ext.errors import storage_failed
@@ -48,6 +51,16 @@ async def in_thread(function: Callable[P, T], *args: P.args, **options: P.kwargs
     """
     with _storage():
         return await asyncio.to_thread(function, *args, **options)
+
+
+@asynccontextmanager
+async def spooled(chunks: AsyncIterable[bytes], directory: Path) -> AsyncIterator[BufferedRandom]:
+    """Bytes in a temporary file of a directory, gone with the context. Raises ApiError (503) if the disk failed."""
+    with _storage(), TemporaryFile(dir=directory) as file:
+        async for chunk in chunks:
+            await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(file.flush)
+        yield file
 
 
 @contextmanager

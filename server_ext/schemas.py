@@ -402,7 +402,10 @@ class TenantLimits(Message):
     max_probes: Count = Field(256, description="A call.")
     max_rows: Count = Field(1024, description="A call.")
     max_call_tokens: Count = Field(1 << 20, description="A call, over all of its probes' sides.")
-    max_request_bytes: Count = Field(32 << 20, description="Of a call's body.")
+    max_request_bytes: Count = Field(32 << 20, description="Of a call's body, but for an import's.")
+    max_import_bytes: Count | None = Field(
+        None, description="Of an import's body. Null: what a float32 adapter of all sites takes at the largest rank."
+    )
     requests_per_minute: Annotated[int, Field(ge=1, le=LARGEST_LIMIT)] | None = 6000
 
     @classmethod
@@ -415,6 +418,7 @@ class Limits(TenantLimits):
     """The caller's limits on this server."""
 
     max_rank: int
+    max_import_bytes: int
     max_row_tokens: int
     max_terms: int
     max_choices: int

@@ -6,10 +6,11 @@ import asyncio
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,11 +120,14 @@ class Stage:
     def bring(self, name: str, seed: int = 0) -> tuple[Layout, list[NDArray[np.float32]]]:
         """Imports an adapter; where it acts, and what it begins with."""
         self.run(self.bring_later(name, seed))
-        found = read_lora(self._archive(seed), self._engine.sites, 2, "")
+        found = read_lora(BytesIO(self._archive(seed)), self._engine.sites, 2, "")
         return found.layout, [found.flat]
 
     async def bring_later(self, name: str, seed: int = 0) -> None:
-        await self.service.import_adapter(OPERATOR, name, self._archive(seed), "rademacher")
+        async def body() -> AsyncIterator[bytes]:
+            yield self._archive(seed)
+
+        await self.service.import_adapter(OPERATOR, name, body(), "rademacher")
 
     def _archive(self, seed: int) -> bytes:
         return lora_archive(random_halves(select_sites(self._engine.sites, SITES), 2, seed))

@@ -35,7 +35,8 @@ class Limits:
         max_choices: choices of a row.
         max_adapters: adapters of the tenant.
         max_coefficient_bytes: of all the tenant's adapters.
-        max_request_bytes: of a call's body.
+        max_request_bytes: of a call's body, but for an import's.
+        max_import_bytes: of an import's body.
         requests_per_minute: of the tenant.
 
     """
@@ -50,6 +51,7 @@ class Limits:
     max_adapters: int | None = None
     max_coefficient_bytes: int | None = None
     max_request_bytes: int | None = None
+    max_import_bytes: int | None = None
     requests_per_minute: int | None = None
 
     @classmethod
