@@ -180,8 +180,7 @@ async def add_tenant(gate: Entrance, ask: schemas.CreateTenant) -> schemas.Tenan
 @router.put(TENANT + "/limits", dependencies=[Depends(_operator)])
 async def change_limits(gate: Entrance, tenant: str, limits: schemas.TenantLimits) -> schemas.TenantLimits:
     """Changes what a tenant may use, for the operator."""
-    gate.tenants.change_limits(tenant, limits)
-    return limits
+    return gate.tenants.change_limits(tenant, limits)
 
 
 @router.post(TENANT + "/key", dependencies=[Depends(_operator)])

@@ -413,6 +413,10 @@ class TenantLimits(Message):
         """The operator's: the limits of a single call alone."""
         return cls(max_adapters=None, max_coefficient_bytes=None, requests_per_minute=None)
 
+    def over(self, others: TenantLimits) -> TenantLimits:
+        """These limits as far as they were given, and others where they were not."""
+        return others.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
 
 class Limits(TenantLimits):
     """The caller's limits on this server."""
