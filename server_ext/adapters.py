@@ -11,10 +11,14 @@ from typing import Literal
 
 from server_ext import schemas
 from server_ext.journal import AdapterRow
+from server_ext.key_limit import KeyLimit
 from server_ext.store import Point
 from zoact_remote.layout import Layout
 
 BYTES_PER_COEFFICIENT = 4
+VERSIONS_READ_AT_ONCE = 8
+"""Of one adapter; whoever wants another one waits. As many as vLLM has slots by default: beyond them is memory to lose,
+and no time to win."""
 OLD_VERSIONS_KEPT = 2
 """Past versions of an adapter that the engine goes on to hold after they were last used."""
 
@@ -22,7 +26,9 @@ OLD_VERSIONS_KEPT = 2
 class Adapter:
     """An adapter's row in the journal, and what follows from it.
 
-    Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is.
+    Whoever evaluates a version pins it for as long as that takes: changes go on meanwhile and leave it as it is. So the
+    engine holds the newest version, at most ``VERSIONS_READ_AT_ONCE`` and ``OLD_VERSIONS_KEPT`` others, and the one
+    that another was just made from.
 
     Attributes:
         row: as journalled.
@@ -31,9 +37,11 @@ class Adapter:
         digest: of the newest coefficients; None before calibration.
         digests: of the versions that the engine holds.
         largest: no coefficient of the newest version is larger; infinite where that is not known.
+        reading: lets those in who evaluate versions.
         lock: held by whoever changes the adapter, or what the engine holds of it.
         deleted: set once it is gone, for those who waited for the lock.
-        failure: why it could not be restored; None if it was.
+        failure: what left the engine with something else than the journal says; None if nothing did. The next call
+            loads the adapter again.
 
     """
 
@@ -43,10 +51,13 @@ class Adapter:
         self.version = 0
         self.digests: dict[int, str] = {}
         self.largest = math.inf
+        self.reading = KeyLimit(VERSIONS_READ_AT_ONCE)
         self.lock = asyncio.Lock()
         self.deleted = False
-        self.failure: str | None = None
+        self.failure: BaseException | None = None
         self._pins: Counter[int] = Counter()
+        self._unread = asyncio.Event()
+        self._unread.set()
         self._lately: deque[int] = deque(maxlen=OLD_VERSIONS_KEPT)
 
     @property
@@ -56,8 +67,8 @@ class Adapter:
 
     @property
     def state(self) -> Literal["new", "ready", "failed"]:
-        """Before calibration ``new``; ``failed`` if it could not be restored."""
-        return "failed" if self.failure else "new" if self.row.basis.digest is None else "ready"
+        """Before calibration ``new``; ``failed`` until it has been loaded again."""
+        return "failed" if self.failure is not None else "new" if self.row.basis.digest is None else "ready"
 
     @property
     def in_use(self) -> bool:
@@ -76,14 +87,21 @@ class Adapter:
     def pinned(self, version: int) -> Iterator[None]:
         """Keeps a version in the engine."""
         self._pins[version] += 1
+        self._unread.clear()
         try:
             yield
         finally:
             self._pins[version] -= 1
             if not self._pins[version]:
                 del self._pins[version]
+            if not self._pins:
+                self._unread.set()
             if version != self.version and version in self.digests and version not in self._lately:
                 self._lately.append(version)
+
+    async def unread(self) -> None:
+        """Waits until no version is pinned."""
+        await self._unread.wait()
 
     def needed(self) -> set[int]:
         """Versions that the engine must go on to hold."""

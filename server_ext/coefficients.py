@@ -20,6 +20,8 @@ SMALLEST_NORMAL = 2.0**-126
 """Of float32's numbers that have all of their digits."""
 LARGEST_INEXACT_ROOT = 2.0**-63
 """Square root of that number. Where a divisor is no less, what smaller numbers lose does not show."""
+DIGESTED_AT_ONCE = 1 << 20
+"""Coefficients; each takes up to 32 bytes for as long as its part of the buffer is digested."""
 LARGEST_DRAW = {"rademacher": 1.0, "gaussian": math.sqrt(-2.0 * math.log(2.0**-24))}
 
 
@@ -88,12 +90,18 @@ class Coefficients:
 
     def digest(self) -> str:
         """``zoact_remote.digest.coefficients_digest`` of the buffer, computed on its device."""
-        x = self.flat.view(torch.int32).to(torch.int64) & 0xFFFFFFFF
-        x += torch.arange(self.layout.size, device=x.device) * _signed(GAMMA)
-        for shift, multiplier in MIX:
-            x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
-        x = x ^ _shift_right(x, LAST_SHIFT)
-        return seal(int(x.sum()), int((x * x).sum()), self.layout)
+        # Both wrap mod 2^64, and stay on the device to the end.
+        sums = torch.zeros(2, dtype=torch.int64, device=self.flat.device)
+        for first in range(0, self.layout.size, DIGESTED_AT_ONCE):
+            x = self.flat[first : first + DIGESTED_AT_ONCE].view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+            x += torch.arange(first, first + len(x), device=x.device) * _signed(GAMMA)
+            for shift, multiplier in MIX:
+                x = (x ^ _shift_right(x, shift)) * _signed(multiplier)
+            x = x ^ _shift_right(x, LAST_SHIFT)
+            sums[0] += x.sum()
+            sums[1] += (x * x).sum()
+        total, squares = sums.tolist()
+        return seal(total, squares, self.layout)
 
     def _add_terms(self, flat: torch.Tensor, terms: Iterable[tuple[int, float]]) -> torch.Tensor:
         for seed, scalar in terms:

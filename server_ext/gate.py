@@ -203,7 +203,7 @@ class ZoActRoute(PlainRoute):
             outcome: dict[str, Any] = {"status": status.HTTP_500_INTERNAL_SERVER_ERROR}
             try:
                 with gate.call(caller):
-                    response = await handle(limited(request, caller.limits.max_request_bytes))
+                    response = await handle(limited(request, *self.most(gate, caller)))
                 outcome = {"status": response.status_code}
                 return response
             except ApiError as error:
@@ -216,6 +216,17 @@ class ZoActRoute(PlainRoute):
                 seconds = round(time.perf_counter() - started, 4)
                 log.info("call", method=request.method, route=self.path, seconds=seconds, **outcome)
 
+    def most(self, gate: Gate, caller: Caller) -> tuple[int, str]:
+        """The most bytes that a body may have, and the name of that limit."""
+        return caller.limits.max_request_bytes, "max_request_bytes"
+
+
+class ImportRoute(ZoActRoute):
+    """A call whose body is an adapter, and as long as one."""
+
+    def most(self, gate: Gate, caller: Caller) -> tuple[int, str]:
+        return gate.service.max_import_bytes(caller.limits), "max_import_bytes"
+
 
 def label_of(caller: Caller | None) -> str:
     """Whom a call counts for."""
@@ -227,9 +238,9 @@ def request_id_of(request: HTTPConnection) -> str:
     return request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
 
 
-def limited(request: Request, most: int) -> Request:
-    """A request whose body is refused once it is longer than a number of bytes."""
-    too_large = ApiError(413, "request_too_large", f"the body exceeds max_request_bytes ({most})")
+def limited(request: Request, most: int, limit: str = "max_request_bytes") -> Request:
+    """A request whose body is refused once it is longer than a number of bytes, which is a limit's of that name."""
+    too_large = ApiError(413, "request_too_large", f"the body exceeds {limit} ({most})")
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > most:
         raise too_large

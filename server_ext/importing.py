@@ -12,12 +12,13 @@ export comes back as what was exported.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from io import BufferedIOBase, BufferedReader, RawIOBase
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,13 @@ Flat = NDArray[np.float32]
 
 BLOCK = 512
 """Bytes of a block of a tar archive."""
+FLOAT_BYTES = 4
+ROOM_BY_TENSOR = 256
+"""Bytes beside its name, which may stand in the configuration too, by which a tensor is described."""
+LARGEST_JSON = 1 << 20
+"""Bytes of a JSON file."""
+ROOM = 3 * LARGEST_JSON
+"""Bytes of an archive that are no tensor's."""
 ORTHONORMAL = 1e-5
 """The most by which V'V may be off the identity: orthonormal columns that were rounded to float32 stay far below."""
 LARGEST_RANK = 1 << 16
@@ -69,12 +77,19 @@ class Imported:
     flat: Flat
 
 
-def read_lora(archive: bytes, sites: Sequence[Site], max_rank: int, model_digest: str) -> Imported:
+def largest_archive(sites: Iterable[Site], max_rank: int) -> int:
+    """Bytes that a float32 LoRA of all sites takes at most, as an export has it: a basis for every site."""
+    shapes = half_shapes(sites, max_rank)
+    numbers = sum(rows * columns for rows, columns in shapes.values())
+    return FLOAT_BYTES * numbers + sum(ROOM_BY_TENSOR + 2 * len(name) for name in shapes) + ROOM
+
+
+def read_lora(archive: BufferedIOBase, sites: Sequence[Site], max_rank: int, model_digest: str) -> Imported:
     """Reads a LoRA.
 
     Args:
-        archive: ``adapter_config.json`` and ``adapter_model.safetensors`` in an uncompressed tar archive. If there is
-            a ``zoact.json``, it must be of this model.
+        archive: ``adapter_config.json`` and ``adapter_model.safetensors`` in an uncompressed tar archive, seekable. If
+            there is a ``zoact.json``, it must be of this model.
         sites: the model's.
         max_rank: the most that the adapter's rank may come to.
         model_digest: of the model.
@@ -83,7 +98,7 @@ def read_lora(archive: bytes, sites: Sequence[Site], max_rank: int, model_digest
         ApiError: it cannot be taken (400); the message says what of it.
 
     """
-    files = _unpack(archive)
+    files = {name: BufferedReader(_Member(archive, place)) for name, place in _places(archive).items()}
     for name in (CONFIG, TENSORS):
         if name not in files:
             raise invalid(name, f"is missing: an import is a tar archive of {CONFIG} and {TENSORS}")
@@ -93,35 +108,64 @@ def read_lora(archive: bytes, sites: Sequence[Site], max_rank: int, model_digest
         if model != model_digest:
             raise invalid(f"{ABOUT}: model_digest", f"is {model}, another model's; this one's is {model_digest}")
     try:
-        halves = _halves(TensorFile(io.BytesIO(files[TENSORS]), TENSORS), sites, rank)
+        halves = _halves(TensorFile(files[TENSORS], TENSORS), sites, rank)
     except InvalidValue as error:
         raise invalid(error.param, str(error).removeprefix(f"{error.param}: ")) from None
     return _fold(halves, scaling, max_rank)
 
 
-def _unpack(archive: bytes) -> dict[str, bytes]:
-    """The regular files of a tar archive by name; members of any other kind are passed over.
+def _places(archive: BufferedIOBase) -> dict[str, range]:
+    """Where the regular files of a tar archive lie in it, by name; members of any other kind are passed over.
 
     Read here and not by ``tarfile``, which follows what an archive says of links, holes and further headers.
     """
-    found: dict[str, bytes] = {}
-    at = 0
-    while header := archive[at : at + BLOCK].rstrip(b"\0"):
+    end = archive.seek(0, os.SEEK_END)
+    found: dict[str, range] = {}
+    at = archive.seek(0)
+    while header := archive.read(BLOCK).rstrip(b"\0"):
         digits = header[124:136].strip(b" \0")
         if header[257:262] != b"ustar" or not digits or digits.strip(b"01234567"):
             raise invalid("body", "must be an uncompressed tar archive")
-        size = int(digits, 8)
-        at += BLOCK
-        content = archive[at : at + size]
-        if len(content) < size:
+        place = range(at + BLOCK, at + BLOCK + int(digits, 8))
+        if place.stop > end:
             raise invalid("body", "the tar archive was cut off")
         if header[156:157] in (b"0", b"\0"):
-            found[header[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")] = content
-        at += -(-size // BLOCK) * BLOCK
+            found[header[:100].split(b"\0")[0].decode("utf-8", "replace").removeprefix("./")] = place
+        at = archive.seek(place.start + -(-len(place) // BLOCK) * BLOCK)
     return found
 
 
-def _json_object(name: str, content: bytes) -> dict[str, Any]:
+class _Member(RawIOBase):
+    """A part of a file, to be read as a file."""
+
+    def __init__(self, file: BufferedIOBase, place: range) -> None:
+        self._file = file
+        self._place = place
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        starts = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: len(self._place)}
+        self._at = starts[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._place[self._at : self._at + len(buffer)]
+        self._file.seek(left.start)
+        read = self._file.readinto(memoryview(buffer)[: len(left)])
+        self._at += read
+        return read
+
+
+def _json_object(name: str, file: IO[bytes]) -> dict[str, Any]:
+    content = file.read(LARGEST_JSON + 1)
+    if len(content) > LARGEST_JSON:
+        raise invalid(name, f"must be no longer than {LARGEST_JSON} bytes")
     try:
         found = json.loads(content)
     except (ValueError, RecursionError):

@@ -195,11 +195,11 @@ class OpenAIRoutes:
                     raise invalid(member, "responses are not stored for tenants, nor for tuned models")
         return self._inner, _replay(body, receive)
 
-    def _find(self, caller: Caller, name: str) -> tuple[ModelName, Adapter] | None:
+    async def _find(self, caller: Caller, name: str) -> tuple[ModelName, Adapter] | None:
         """The model of ours that a name stands for, with its version; None for a name that is left to vLLM.
 
         Raises:
-            ApiError: it is malformed (400), never had that version (404), or cannot be served (409, 503).
+            ApiError: it is malformed (400), never had that version (404), or cannot be served (409, 500).
 
         """
         if self._models.is_base_model(name) or name in self._models.lora_requests:
@@ -209,12 +209,12 @@ class OpenAIRoutes:
         # One that is not the caller's goes the way of one that is not there.
         if wanted is None or not caller.owns(wanted.adapter) or wanted.adapter not in registry:
             return None
-        adapter = registry.calibrated(wanted.adapter)
+        adapter = await registry.calibrated(wanted.adapter)
         return replace(wanted, version=registry.existing(adapter, wanted.version, "model")), adapter
 
     async def _serve(self, caller: Caller, name: str, stack: AsyncExitStack) -> bool:
         """Has vLLM find a model of ours under its name, and holds its version; False for a name that is vLLM's."""
-        found = self._find(caller, name)
+        found = await self._find(caller, name)
         if found is None:
             return False
         model, adapter = found
@@ -244,7 +244,7 @@ class OpenAIRoutes:
         for card in listed:
             if card["id"] == name:
                 return card
-        found = self._find(caller, name)
+        found = await self._find(caller, name)
         if found is None:
             raise ApiError(404, "model_not_found", f"model: there is no model {name!r}", "model")
         model, adapter = found

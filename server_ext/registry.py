@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-import sqlite3
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +15,18 @@ from numpy.typing import NDArray
 from server_ext import schemas
 from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
+from server_ext.disk import JournalThread, in_thread
 from server_ext.engines.base import Engine
-from server_ext.errors import ApiError, invalid, storage_failed
+from server_ext.errors import ApiError, invalid
 from server_ext.journal import AdapterRow, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
 from server_ext.state_files import StateFiles
 from server_ext.store import Point
+from server_ext.versions import Versions
 from zoact_remote.digest import basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Change, Rollback, Update
-
-T = TypeVar("T")
 
 SNAPSHOT_EVERY = 32
 """Changes from one snapshot to the next."""
@@ -54,39 +50,35 @@ class Registry:
         self._engine = engine
         self._directory = directory
         self._metrics = metrics
-        # One thread: SQLite sees its statements in order, and commits wait for the disk beside the event loop.
-        self._disk = ThreadPoolExecutor(1, "zoact-disk")
         self._snapshot_tasks: set[asyncio.Task[None]] = set()
         with ExitStack() as undo:
             self._files = StateFiles(directory, snapshot_every)
             undo.callback(self._files.close)
-            self._journal = Journal(directory / "journal.sqlite")
-            undo.callback(self._journal.close)
-            self._adapters = {row.name: Adapter(row, self._layout(row)) for row in self._journal.adapters()}
+            journal = Journal(directory / "journal.sqlite")
+            undo.callback(journal.close)
+            self._adapters = {row.name: Adapter(row, self._layout(row)) for row in journal.adapters()}
             self._files.sweep({adapter.row.key for adapter in self.all()})
             undo.pop_all()
+        self._journal = JournalThread(journal)
+        self._versions = Versions(engine, self._journal, self._files, metrics)
 
     async def restore(self) -> None:
         """Brings every adapter back at its last version. One that is damaged is marked so, and the others serve."""
         for adapter in self.all():
-            if adapter.row.basis.digest is None:
-                continue
-            try:
+            if adapter.row.basis.digest is not None:
                 async with adapter.lock:
-                    await self._load(adapter)
-            except Exception as error:
-                adapter.failure = str(error)
-                log.exception("adapter not restored", adapter=adapter.row.name)
+                    with suppress(ApiError):
+                        await self._load(adapter)
 
     async def close(self) -> None:
         """Writes a snapshot of what has changed since its last one, so that the next start has nothing to replay."""
         await asyncio.gather(*self._snapshot_tasks)
         for adapter in self.all():
-            if adapter.digest is not None and adapter.version not in self._files.snapshots.versions(adapter.row.key):
+            ready = adapter.digest is not None and adapter.failure is None
+            if ready and adapter.version not in self._files.snapshots.versions(adapter.row.key):
                 self._start_snapshot(adapter)
                 await asyncio.gather(*self._snapshot_tasks)
-        await self._on_disk(self._journal.close)
-        self._disk.shutdown()
+        await self._journal.close()
         self._files.close()
 
     # Finding adapters -------------------------------------------------------------------------------------------------
@@ -106,15 +98,14 @@ class Registry:
         except KeyError:
             raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "adapter") from None
 
-    def calibrated(self, name: str) -> Adapter:
-        """As ``adapter``; raises ApiError too if it has no basis yet (409), or could not be restored (503)."""
+    async def calibrated(self, name: str) -> Adapter:
+        """As ``adapter``; raises ApiError too if it has no basis yet (409), or failed and does so again (500)."""
         adapter = self.adapter(name)
         if adapter.failure is not None:
-            raise ApiError(
-                503, "adapter_failed", f"{name!r} could not be restored; the server's log says why", "adapter"
-            )
-        if adapter.digest is None:
-            raise ApiError(409, "basis_missing", f"{name!r} has no basis yet: POST rows to its /basis first", "adapter")
+            async with adapter.lock:
+                self._check_there(adapter)
+                await self._mend(adapter)
+        self._check_calibrated(adapter)
         return adapter
 
     @asynccontextmanager
@@ -144,26 +135,27 @@ class Registry:
             ApiError: its name is taken (409), or the disk failed (503); nothing changed.
 
         """
+        assert row.imported_digest is not None
         adapter = Adapter(row, layout)
         async with AsyncExitStack() as undo:
             undo.push_async_callback(self._forget, adapter)
-            await self._on_disk(self._files.write_basis, row.key, basis)
-            await self._on_disk(self._files.write_import, row.key, row.imported_digest, flat)
-            await self._load(adapter)
+            await in_thread(self._files.write_basis, row.key, basis)
+            await in_thread(self._files.write_import, row.key, row.imported_digest, flat)
+            await self._versions.load(adapter)
             await self._add(adapter)
             undo.pop_all()
         return adapter
 
     async def _add(self, adapter: Adapter) -> None:
         try:
-            await self._on_disk(self._journal.add_adapter, adapter.row)
+            await self._journal(Journal.add_adapter, adapter.row)
         except KeyError:
             raise ApiError(409, "adapter_exists", f"an adapter {adapter.row.name!r} exists already", "name") from None
         self._adapters[adapter.row.name] = adapter
 
     async def remove(self, adapter: Adapter) -> None:
         """Removes an adapter and its history."""
-        await self._on_disk(self._journal.remove_adapter, adapter.row.key)
+        await self._journal(Journal.remove_adapter, adapter.row.key)
         adapter.deleted = True
         del self._adapters[adapter.row.name]
         await self._forget(adapter)
@@ -171,17 +163,17 @@ class Registry:
     async def _forget(self, adapter: Adapter) -> None:
         """Removes what there is of an adapter beside the journal."""
         await self._drop_if_unused(adapter)
-        await self._on_disk(self._files.remove, adapter.row.key)
+        await in_thread(self._files.remove, adapter.row.key)
 
     async def set_basis(
         self, adapter: Adapter, vectors: dict[str, NDArray[np.float32]], energy: dict[str, float], positions_seen: int
     ) -> str:
         """Gives an adapter its basis, and returns the digest of it."""
         digest = basis_digest(vectors)
-        await self._on_disk(self._files.write_basis, adapter.row.key, vectors)
+        await in_thread(self._files.write_basis, adapter.row.key, vectors)
         found = {"digest": digest, "energy": energy, "positions_seen": positions_seen}
         basis = adapter.row.basis.model_copy(update=found)
-        await self._on_disk(self._journal.set_basis, adapter.row.key, basis)
+        await self._journal(Journal.set_basis, adapter.row.key, basis)
         adapter.row = replace(adapter.row, basis=basis)
         await self._load(adapter)
         return digest
@@ -196,10 +188,12 @@ class Registry:
 
         Raises:
             ApiError: the change is stale (412), uses a key of another one (409), goes back to a version that is not
-                there (404) or is too large (400), or the disk failed (503); nothing changed.
+                there (404) or is too large (400), the adapter has no basis yet (409) or cannot be brought back after a
+                failure (500), or the disk failed (503); nothing changed.
 
         """
-        self.calibrated(adapter.row.name)
+        await self._mend(adapter)
+        self._check_calibrated(adapter)
         before = await self._made_before(adapter, change, path)
         if before is not None:
             return before
@@ -214,24 +208,26 @@ class Registry:
             )
         if isinstance(change, Rollback):
             self.existing(adapter, change.to_version, "to_version")
-            await self._hold(adapter, change.to_version)
+            await self._versions.hold(adapter, change.to_version)
             largest = math.inf
         else:
             largest = await self._largest_after(adapter, change, path)
         assert adapter.digest is not None
-        with self._metrics.appending():
-            version = await self._on_disk(self._journal.append, adapter.row.key, change, adapter.digest)
         try:
+            with self._metrics.appending():
+                version = await self._journal(Journal.append, adapter.row.key, change, adapter.digest)
             base = change.to_version if isinstance(change, Rollback) else change.base_version
-            digest = await self._make(adapter, version, base, change)
-        except Exception as error:
-            # The change stands in the journal, so it happened; whoever replays it has it.
-            adapter.failure = str(error)
+            digest = await self._versions.make(adapter, version, base, change)
+        except ApiError:
+            raise  # It did not reach the disk.
+        except BaseException as error:
+            # The change stands in the journal, or may do so: it happened, whatever the engine made of it.
+            adapter.failure = error
             raise
         adapter.version = version
         adapter.largest = largest
         self._metrics.changed(adapter.row.tenant, change)
-        await self._note_digest(adapter.row.key, version, digest)
+        await self._versions.note_digest(adapter, version, digest)
         if version % self._files.snapshots.every == 0:
             self._start_snapshot(adapter)
         return schemas.UpdateResult(version=version, digest=digest, applied=True)
@@ -240,12 +236,12 @@ class Registry:
         """The answer to a change whose key has been used, if it has."""
         if change.key is None:
             return None
-        entry = await self._on_disk(self._journal.find, adapter.row.key, change.key)
+        entry = await self._journal(Journal.find, adapter.row.key, change.key)
         if entry is None:
             return None
         if entry.change != change:
             raise ApiError(409, "key_conflict", f"{path}key: another change was sent under this key", f"{path}key")
-        digest = entry.digest or await self._hold(adapter, entry.version)
+        digest = entry.digest or await self._versions.hold(adapter, entry.version)
         return schemas.UpdateResult(version=entry.version, digest=digest, applied=False)
 
     async def _largest_after(self, adapter: Adapter, update: Update, path: str) -> float:
@@ -268,14 +264,14 @@ class Registry:
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
         """An adapter's history behind a version."""
         newest, digest = adapter.version, adapter.digest
-        entries = await self._on_disk(self._journal.entries, adapter.row.key, after, newest, limit)
+        entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit)
         # The newest version's digest may be known without having reached the disk.
         return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 
     async def basis(self, adapter: Adapter) -> dict[str, NDArray[np.float32]]:
         """A calibrated adapter's basis: float32 ``[in_features, rank]`` by input."""
         try:
-            return await self._on_disk(self._files.read_basis, adapter.row.key, adapter.row.basis.digest)
+            return await in_thread(self._files.read_basis, adapter.row.key, adapter.row.basis.digest)
         except FileNotFoundError:
             self._check_there(adapter)
             raise
@@ -294,84 +290,46 @@ class Registry:
     async def at(self, adapter: Adapter, version: int) -> AsyncIterator[Point]:
         """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile.
 
-        Raises:
-            ApiError: the adapter has been deleted (404).
-
+        Of one adapter there are so many versions at a time; for a further one it waits. Raises ApiError if the adapter
+        was deleted meanwhile (404), or failed and does so again (500).
         """
         try:
-            with ExitStack() as stack:
-                if version == adapter.version:
+            async with AsyncExitStack() as stack:
+                await stack.enter_async_context(adapter.reading.use(version))
+                if version == adapter.version and adapter.failure is None:
                     self._check_there(adapter)
                     stack.enter_context(adapter.pinned(version))
                 else:
                     async with adapter.lock:
                         self._check_there(adapter)
-                        await self._hold(adapter, version)
+                        await self._mend(adapter)
+                        await self._versions.hold(adapter, version)
                         stack.enter_context(adapter.pinned(version))
                 yield adapter.point(version)
         finally:
             if adapter.deleted:
                 await self._drop_if_unused(adapter)
 
+    async def _mend(self, adapter: Adapter) -> None:
+        """Brings an adapter that is locked back if something has gone wrong with it, as ``_load`` does."""
+        if adapter.failure is not None:
+            log.warning("adapter is loaded again", adapter=adapter.row.name, after=repr(adapter.failure))
+            # Nobody begins to read it before it is mended, and what is read already must not be taken away.
+            await adapter.unread()
+            await self._load(adapter)
+
     async def _load(self, adapter: Adapter) -> None:
-        """Brings an adapter into the engine, at its newest version."""
-        key = adapter.row.key
-        await self._engine.put(key, adapter.layout, adapter.row.distribution, await self.basis(adapter))
-        version = await self._on_disk(self._journal.newest, key)
-        await self._hold(adapter, version)
-        adapter.version = version
-
-    async def _hold(self, adapter: Adapter, version: int) -> str:
-        """Sees to it that the engine holds a version of an adapter that is locked, and returns its digest."""
-        if version in adapter.digests:
-            return adapter.digests[version]
-        key = adapter.row.key
-        start, flat, entries = await self._on_disk(self._way_to, adapter, version)
-        if start not in adapter.digests:
-            await self._make(adapter, start, flat, None)
-        for entry in entries:
-            digest = await self._make(adapter, entry.version, start, entry.change)
-            if entry.digest is None:
-                await self._note_digest(key, entry.version, digest)
-            elif entry.digest != digest and adapter.row.distribution == "rademacher":
-                raise ValueError(
-                    f"version {entry.version} of {adapter.row.name} replays to other coefficients than before"
-                )
-            start = entry.version
-        self._metrics.replayed(len(entries))
-        return adapter.digests[version]
-
-    def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[Entry]]:
-        """A version to start from, its coefficients if there is a snapshot of them, and what leads on from there."""
-        key = adapter.row.key
-        held, snapshots = set(adapter.digests), set(self._files.snapshots.versions(key))
-        while True:
-            start, entries = self._journal.path(key, version, held | snapshots)
-            if start in held or adapter.is_model(start):
-                return start, None, entries
-            if start == 0:
-                return start, self._files.read_import(key, adapter.row.imported_digest, adapter.layout), entries
-            flat = self._files.snapshots.read(key, start, adapter.layout)
-            if flat is not None:
-                return start, flat, entries
-            snapshots.remove(start)
-
-    async def _make(
-        self, adapter: Adapter, version: int, base: int | NDArray[np.float32] | None, change: Change | None
-    ) -> str:
-        """Has the engine take in a version. To what it goes back to, a rollback adds nothing."""
-        update = change if isinstance(change, Update) else None
-        keep = adapter.needed()
-        digest = await self._engine.hold(adapter.row.key, version, base, update, keep)
-        adapter.digests = {v: d for v, d in adapter.digests.items() if v in keep} | {version: digest}
-        return digest
-
-    async def _note_digest(self, key: str, version: int, digest: str) -> None:
+        """Has the engine hold an adapter that is locked as the journal says. Raises ApiError (500) if it does not."""
         try:
-            await self._on_disk(self._journal.set_digest, key, version, digest)
-        except ApiError:
-            # Whoever replays the change finds its digest again: a full disk is no reason to fail what has been done.
-            log.warning("digest not written", version=version)
+            await self._versions.load(adapter)
+        except BaseException as error:
+            adapter.failure = error
+            if not isinstance(error, Exception):
+                raise
+            log.exception("adapter not loaded", adapter=adapter.row.name)
+            message = f"{adapter.row.name!r} could not be brought back from the journal; the server's log says why"
+            raise ApiError(500, "adapter_failed", message, "adapter") from error
+        adapter.failure = None
 
     def _start_snapshot(self, adapter: Adapter) -> None:
         """Writes a snapshot of the newest version, beside whatever else goes on."""
@@ -382,33 +340,30 @@ class Registry:
         task.add_done_callback(self._snapshot_tasks.discard)
 
     async def _snapshot(self, adapter: Adapter, point: Point, pin: ExitStack) -> None:
-        with pin:
-            try:
+        try:
+            with pin:
                 flat = await self._engine.read(point.key, point.version)
-                # Not on the journal's thread: nobody waits for a snapshot.
-                await asyncio.to_thread(self._files.snapshots.write, point.key, point.version, point.digest, flat)
-            except Exception:
-                log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
+            await in_thread(self._files.snapshots.write, point.key, point.version, point.digest, flat)
+        except Exception:
+            log.warning("snapshot not written", adapter=adapter.row.name, version=point.version, exc_info=True)
         if adapter.deleted:
-            await self._on_disk(self._files.snapshots.remove, adapter.row.key)
+            await in_thread(self._files.snapshots.remove, adapter.row.key)
             await self._drop_if_unused(adapter)
 
     async def _drop_if_unused(self, adapter: Adapter) -> None:
         if not adapter.in_use:
             await self._engine.drop(adapter.row.key)
 
+    def _check_calibrated(self, adapter: Adapter) -> None:
+        """Raises ApiError (409) if an adapter has no basis yet."""
+        if adapter.digest is None:
+            name = adapter.row.name
+            raise ApiError(409, "basis_missing", f"{name!r} has no basis yet: POST rows to its /basis first", "adapter")
+
     def _check_there(self, adapter: Adapter) -> None:
         """Raises ApiError (404) if an adapter was deleted while somebody waited for it."""
         if adapter.deleted:
             raise ApiError(404, "adapter_not_found", f"there is no adapter {adapter.row.name!r}", "adapter")
-
-    async def _on_disk(self, function: Callable[..., T], *args: Any) -> T:
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._disk, partial(function, *args))
-        except FileNotFoundError:
-            raise
-        except (sqlite3.OperationalError, OSError) as error:
-            raise storage_failed(error) from error
 
     def _layout(self, row: AdapterRow) -> Layout:
         if row.model_digest != self._engine.model.digest:

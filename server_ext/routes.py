@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server_ext import schemas
 from server_ext.errors import ApiError
-from server_ext.gate import Gate, PlainRoute, ZoActRoute
+from server_ext.gate import Gate, ImportRoute, PlainRoute, ZoActRoute
 from server_ext.service import Service
 from server_ext.tenants import Caller
 from server_ext.together import Gone
@@ -63,6 +63,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter(prefix=PREFIX, route_class=ZoActRoute, tags=["zoact"], responses=ERRORS)
+imports = APIRouter(route_class=ImportRoute)
 health = APIRouter(prefix=f"{PREFIX}/health", route_class=PlainRoute, tags=["health"])
 metrics = APIRouter(route_class=PlainRoute, tags=["metrics"])
 ADAPTER = "/adapters/{tenant}/{adapter}"
@@ -158,7 +159,7 @@ async def export(
     return Response(await service.export(name, version, dtype), media_type=TAR)
 
 
-@router.post(
+@imports.post(
     ADAPTER + "/import",
     status_code=status.HTTP_201_CREATED,
     openapi_extra={
@@ -169,7 +170,10 @@ async def import_adapter(
     service: Zo, caller: Who, name: Name, request: Request, noise: Literal["rademacher", "gaussian"] = "rademacher"
 ) -> schemas.AdapterInfo:
     """Creates an adapter whose version 0 is a LoRA: a PEFT directory in a tar archive, as an export is."""
-    return await service.import_adapter(caller, name, await request.body(), noise)
+    return await service.import_adapter(caller, name, request.stream(), noise)
+
+
+router.include_router(imports)
 
 
 @router.get("/tenants", dependencies=[Depends(_operator)])
@@ -187,8 +191,7 @@ async def add_tenant(gate: Entrance, ask: schemas.CreateTenant) -> schemas.Tenan
 @router.put(TENANT + "/limits", dependencies=[Depends(_operator)])
 async def change_limits(gate: Entrance, tenant: str, limits: schemas.TenantLimits) -> schemas.TenantLimits:
     """Changes what a tenant may use, for the operator."""
-    gate.tenants.change_limits(tenant, limits)
-    return limits
+    return gate.tenants.change_limits(tenant, limits)
 
 
 @router.post(TENANT + "/key", dependencies=[Depends(_operator)])

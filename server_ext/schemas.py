@@ -191,7 +191,7 @@ class AdapterInfo(Message):
     )
     created: datetime
     state: Literal["new", "ready", "failed"] = Field(
-        description="new: the basis has not been taken yet. failed: it could not be restored."
+        description="new: the basis has not been taken yet. failed: it could not be loaded; the next call tries again."
     )
 
 
@@ -397,12 +397,17 @@ class TenantLimits(Message):
     """What one tenant may use. None: as much as there is."""
 
     max_adapters: Count | None = 64
-    max_coefficient_bytes: Count | None = Field(4 << 30, description="Over all of its adapters' coefficients.")
+    max_coefficient_bytes: Count | None = Field(
+        4 << 30, description="Over all of its adapters' coefficients, each at one version."
+    )
     max_rank: Count | None = Field(None, description="The engine's own limit is the other bound.")
     max_probes: Count = Field(256, description="A call.")
     max_rows: Count = Field(1024, description="A call.")
     max_call_tokens: Count = Field(1 << 20, description="A call, over all of its probes' sides.")
-    max_request_bytes: Count = Field(32 << 20, description="Of a call's body.")
+    max_request_bytes: Count = Field(32 << 20, description="Of a call's body, but for an import's.")
+    max_import_bytes: Count | None = Field(
+        None, description="Of an import's body. Null: what a float32 adapter of all sites takes at the largest rank."
+    )
     requests_per_minute: Annotated[int, Field(ge=1, le=LARGEST_LIMIT)] | None = 6000
 
     @classmethod
@@ -410,11 +415,16 @@ class TenantLimits(Message):
         """The operator's: the limits of a single call alone."""
         return cls(max_adapters=None, max_coefficient_bytes=None, requests_per_minute=None)
 
+    def over(self, others: TenantLimits) -> TenantLimits:
+        """These limits as far as they were given, and others where they were not."""
+        return others.model_copy(update={name: getattr(self, name) for name in self.model_fields_set})
+
 
 class Limits(TenantLimits):
     """The caller's limits on this server."""
 
     max_rank: int
+    max_import_bytes: int
     max_row_tokens: int
     max_terms: int
     max_choices: int

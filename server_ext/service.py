@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -18,11 +18,12 @@ from structlog.contextvars import bind_contextvars
 from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
+from server_ext.disk import spooled
 from server_ext.engines.base import CalibrationRow, Engine, GeneratedText
 from server_ext.errors import BATCH_TOO_LARGE, ApiError, invalid
 from server_ext.export import Exported, export_tar
 from server_ext.fairness import FairQueue
-from server_ext.importing import read_lora
+from server_ext.importing import largest_archive, read_lora
 from server_ext.journal import AdapterRow, Entry
 from server_ext.metrics import Metrics
 from server_ext.registry import SNAPSHOT_EVERY, Registry
@@ -64,11 +65,13 @@ class Service:
     ) -> None:
         self.engine = engine
         self.metrics = metrics or Metrics()
+        self._directory = directory
         self.registry = Registry(engine, directory, self.metrics, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
         self._tokeniser = Tokeniser(engine)
         self._scorer = Scorer(engine, self._turns, self.metrics)
         self._creating = asyncio.Lock()
+        self._importing = asyncio.Lock()
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -80,8 +83,9 @@ class Service:
             noise=schemas.NoiseSpec(version=NOISE_VERSION, distributions=list(DISTRIBUTIONS)),
             sites=[schemas.SiteInfo(**site.to_json()) for site in self.engine.sites],
             limits=schemas.Limits(
-                **limits.model_dump(exclude={"max_rank"}),
+                **limits.model_dump(exclude={"max_rank", "max_import_bytes"}),
                 max_rank=self._max_rank(limits),
+                max_import_bytes=self.max_import_bytes(limits),
                 max_row_tokens=model.max_tokens,
                 max_terms=schemas.MAX_TERMS,
                 max_choices=schemas.MAX_CHOICES,
@@ -112,12 +116,14 @@ class Service:
             return (await self.registry.add(row, layout)).info()
 
     async def import_adapter(
-        self, caller: Caller, name: str, archive: bytes, noise: Distribution
+        self, caller: Caller, name: str, archive: AsyncIterable[bytes], noise: Distribution
     ) -> schemas.AdapterInfo:
         if re.fullmatch(schemas.TENANT_ADAPTER, name) is None:
             raise invalid("adapter", f"must match {schemas.TENANT_ADAPTER}")
         engine, max_rank = self.engine, self._max_rank(caller.limits)
-        found = await asyncio.to_thread(read_lora, archive, engine.sites, max_rank, engine.model.digest)
+        # An archive of any number of callers' waits on disk, and one of them is taken into memory at a time.
+        async with spooled(archive, self._directory) as file, self._importing:
+            found = await asyncio.to_thread(read_lora, file, engine.sites, max_rank, engine.model.digest)
         basis = schemas.BasisInfo(source="imported", digest=basis_digest(found.basis))
         row = self._row(name, found.layout, noise, basis, coefficients_digest(found.flat, found.layout))
         async with self._creating:
@@ -152,6 +158,11 @@ class Service:
 
     def _max_rank(self, limits: schemas.TenantLimits) -> int:
         return self.engine.max_rank if limits.max_rank is None else min(limits.max_rank, self.engine.max_rank)
+
+    def max_import_bytes(self, limits: schemas.TenantLimits) -> int:
+        """The most that an import's body may have: what an adapter of the largest rank takes, if not given."""
+        given = limits.max_import_bytes
+        return largest_archive(self.engine.sites, self._max_rank(limits)) if given is None else given
 
     def _check_room(self, caller: Caller, layout: Layout) -> None:
         """Raises ApiError (403) if another adapter would be more than its tenant may have."""
@@ -205,7 +216,7 @@ class Service:
         self, caller: Caller, name: str, ask: schemas.AskLosses, gone: Gone | None = None
     ) -> schemas.Losses:
         started = time.perf_counter()
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         if len(ask.probes) > caller.limits.max_probes:
             message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
             raise invalid("probes", message, BATCH_TOO_LARGE)
@@ -256,7 +267,7 @@ class Service:
     async def scores(
         self, caller: Caller, name: str, ask: schemas.AskScores, gone: Gone | None = None
     ) -> schemas.Scores:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         rows = await self._tokeniser.rows(ask.rows, caller.limits, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
             (scores,), tokens = await unless(gone, self._scorer.score(adapter.row.tenant, [point], rows))
@@ -271,7 +282,7 @@ class Service:
         )
 
     async def generate(self, name: str, ask: schemas.AskGeneration, gone: Gone | None = None) -> schemas.Generation:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         tokens = await self._tokeniser.prompt(ask)
         room = self.engine.model.max_tokens - len(tokens)
         if ask.max_tokens > room:
@@ -295,7 +306,7 @@ class Service:
     # History ----------------------------------------------------------------------------------------------------------
 
     async def journal(self, name: str, after: int, limit: int) -> schemas.JournalPage:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         entries = await self.registry.entries(adapter, after, limit)
         info = adapter.info()
         return schemas.JournalPage(
@@ -307,7 +318,7 @@ class Service:
         )
 
     async def export(self, name: str, version: int | None, dtype: str) -> bytes:
-        adapter = self.registry.calibrated(name)
+        adapter = await self.registry.calibrated(name)
         version = self.registry.existing(adapter, version)
         async with self.registry.at(adapter, version) as point:
             flat = await self.engine.read(point.key, version)

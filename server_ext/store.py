@@ -93,7 +93,7 @@ class AdapterStore:
         self._cache = DrawCache(_room(device))
 
     def put(self, key: str, layout: Layout, distribution: Distribution, basis: dict[str, torch.Tensor]) -> None:
-        """Takes in an adapter, without any version of it as yet."""
+        """Takes in an adapter, without any version of it as yet, in place of one of that key."""
         self._adapters[key] = AdapterState(Noise(layout, distribution, self.device, self._cache), basis)
 
     def __getitem__(self, key: str) -> AdapterState:

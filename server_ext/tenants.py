@@ -21,7 +21,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from server_ext.database import connect, transaction
 from server_ext.errors import ApiError, storage_failed
@@ -79,7 +79,28 @@ class Tenant:
 
 calling: ContextVar[str | None] = ContextVar("zoact_calling", default=None)
 """The tenant whose call is under way; None for the operator's."""
-OPERATOR = Caller(None, TenantLimits.operators())
+
+
+class Defaults(BaseModel):
+    """Limits where no others were given.
+
+    Attributes:
+        tenants: of tenants.
+        operator: of the operator, who is everybody on a server without keys.
+
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tenants: TenantLimits = Field(default_factory=TenantLimits)
+    operator: TenantLimits = Field(default_factory=TenantLimits.operators)
+
+    @field_validator("operator")
+    @classmethod
+    def _operators(cls, limits: TenantLimits) -> TenantLimits:
+        return limits.over(TenantLimits.operators())
+
+
+SERVERS_OWN = Defaults()
 
 
 class Tenants:
@@ -90,11 +111,20 @@ class Tenants:
         operators: digests of keys that open everything. With none of them, and no tenant, there is nobody to tell apart
             and every call is the operator's.
         fixed: tenants of the keys file, which no call can change.
+        defaults: limits of everybody else, as far as they have none of their own.
 
     """
 
-    def __init__(self, path: Path, operators: Iterable[str] = (), fixed: Iterable[Tenant] = ()) -> None:
+    def __init__(
+        self,
+        path: Path,
+        operators: Iterable[str] = (),
+        fixed: Iterable[Tenant] = (),
+        defaults: Defaults = SERVERS_OWN,
+    ) -> None:
         self._operators = list(operators)
+        self._operator = Caller(None, defaults.operator)
+        self._default = defaults.tenants
         self._fixed = {tenant.name: tenant for tenant in fixed}
         path.parent.mkdir(parents=True, exist_ok=True)
         self._db = connect(path)
@@ -114,7 +144,7 @@ class Tenants:
 
         """
         if self.open_to_all:
-            return OPERATOR
+            return self._operator
         scheme, _, token = authorization.partition(" ")
         sent = key_digest(token.strip()) if scheme.lower() == "bearer" else ""
         digest, caller = self._by_key.get(sent, ("", None))
@@ -142,7 +172,7 @@ class Tenants:
             raise ApiError(409, "tenant_exists", f"a tenant {name!r} exists already", "name")
         created = datetime.now(timezone.utc).isoformat()
         with self._change():
-            self._db.execute("INSERT INTO tenants VALUES (?, ?, ?)", (name, limits.model_dump_json(), created))
+            self._db.execute("INSERT INTO tenants VALUES (?, ?, ?)", (name, _given(limits), created))
             return self._new_key(name)
 
     def replace_key(self, name: str) -> str:
@@ -157,11 +187,15 @@ class Tenants:
             self._db.execute("DELETE FROM keys WHERE tenant = ?", (name,))
             return self._new_key(name)
 
-    def change_limits(self, name: str, limits: TenantLimits) -> None:
-        """Raises ApiError for a tenant that is not there (404) or stands in the keys file (409)."""
+    def change_limits(self, name: str, limits: TenantLimits) -> TenantLimits:
+        """Gives a tenant limits in place of those that it had, and returns them with the defaults of the others.
+
+        Raises ApiError for a tenant that is not there (404) or stands in the keys file (409).
+        """
         self._check_changeable(name)
         with self._change():
-            self._db.execute("UPDATE tenants SET limits = ? WHERE name = ?", (limits.model_dump_json(), name))
+            self._db.execute("UPDATE tenants SET limits = ? WHERE name = ?", (_given(limits), name))
+        return self._by_name[name].limits
 
     def remove(self, name: str) -> None:
         """Takes a tenant's keys away. Raises ApiError if it is not there (404) or stands in the keys file (409)."""
@@ -200,16 +234,21 @@ class Tenants:
         kept = {
             name: Tenant(
                 name,
-                TenantLimits.model_validate_json(limits),
+                TenantLimits.model_validate_json(limits).over(self._default),
                 frozenset(keys.get(name, ())),
                 datetime.fromisoformat(created),
             )
             for name, limits, created in self._db.execute("SELECT name, limits, created FROM tenants")
         }
         self._by_name = kept | self._fixed
-        self._by_key: dict[str, tuple[str, Caller]] = {digest: (digest, OPERATOR) for digest in self._operators}
+        self._by_key: dict[str, tuple[str, Caller]] = {digest: (digest, self._operator) for digest in self._operators}
         for tenant in self._by_name.values():
             self._by_key |= {digest: (digest, Caller(tenant.name, tenant.limits)) for digest in tenant.keys}
+
+
+def _given(limits: TenantLimits) -> str:
+    """How a tenant's own limits are kept: the defaults of the others may change."""
+    return limits.model_dump_json(exclude_unset=True)
 
 
 def key_digest(key: str) -> str:
@@ -226,6 +265,7 @@ class _FileEntry(BaseModel):
 class _File(BaseModel):
     model_config = ConfigDict(extra="forbid")
     operators: list[Annotated[str, Field(pattern=DIGEST.pattern)]] = []
+    limits: Defaults = SERVERS_OWN
     tenants: dict[Annotated[str, Field(pattern=TENANT)], _FileEntry] = {}
 
 
@@ -248,10 +288,11 @@ def open_tenants(directory: Path, host: str | None, operator_keys: Iterable[str]
     # Who sends a digest is nobody: only the operator, who sets the environment, may give one in a key's place.
     operators = [key if DIGEST.fullmatch(key) else key_digest(key) for key in given]
     fixed: list[Tenant] = []
+    defaults = SERVERS_OWN
     if os.environ.get(FILE_VARIABLE):
-        more, fixed = read_keys_file(Path(os.environ[FILE_VARIABLE]))
+        more, fixed, defaults = read_keys_file(Path(os.environ[FILE_VARIABLE]))
         operators += more
-    tenants = Tenants(directory / "tenants.sqlite", operators, fixed)
+    tenants = Tenants(directory / "tenants.sqlite", operators, fixed, defaults)
     if tenants.open_to_all and not is_loopback(host or ""):
         tenants.close()
         raise ValueError(
@@ -262,10 +303,14 @@ def open_tenants(directory: Path, host: str | None, operator_keys: Iterable[str]
     return tenants
 
 
-def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:
-    """The operators' digests and the tenants of a keys file, in TOML::
+def read_keys_file(path: Path) -> tuple[list[str], list[Tenant], Defaults]:
+    """The operators' digests, the tenants and everybody's limits of a keys file, in TOML::
 
         operators = ["sha256:..."]
+
+        [limits]
+        tenants = { max_request_bytes = 67108864 }
+        operator = { max_call_tokens = 4194304 }
 
         [tenants.acme]
         keys = ["sha256:..."]
@@ -282,4 +327,8 @@ def read_keys_file(path: Path) -> tuple[list[str], list[Tenant]]:
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    return file.operators, [Tenant(name, entry.limits, frozenset(entry.keys)) for name, entry in file.tenants.items()]
+    tenants = [
+        Tenant(name, entry.limits.over(file.limits.tenants), frozenset(entry.keys))
+        for name, entry in file.tenants.items()
+    ]
+    return file.operators, tenants, file.limits

@@ -205,15 +205,15 @@ class Client:
             Conflict: there is an adapter of that name.
             BadRequest: the LoRA does not fit the model, or does what an adapter cannot;
                 :attr:`~zoact_remote.errors.CallFailed.param` says what of it.
-            TooLarge: it is longer than what the server takes in one call.
+            TooLarge: it is longer than what the server takes for an adapter.
 
         """
         adapter = Adapter(self._transport, name)
         archive = pack(Path(directory))
-        most = self.info().limits.max_request_bytes
+        most = self.info().limits.max_import_bytes
         if most is not None and len(archive) > most:
             # A server that refuses a body while it is sent may be heard as a broken connection alone.
-            raise TooLarge(f"{directory} comes to {len(archive)} bytes; max_request_bytes is {most}")
+            raise TooLarge(f"{directory} comes to {len(archive)} bytes; max_import_bytes is {most}")
         adapter.info = self._transport.call(
             "POST",
             f"{adapter_path(name)}/import",

@@ -149,7 +149,7 @@ class Engine(Protocol):
         distribution: Distribution,
         basis: dict[str, NDArray[np.float32]],
     ) -> None:
-        """Takes in an adapter, without any version of it as yet."""
+        """Takes in an adapter, without any version of it as yet, in place of one of that key."""
         ...
 
     async def hold(

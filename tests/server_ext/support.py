@@ -17,9 +17,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from safetensors.numpy import load_file
 from torch import nn
 
+from server_ext.schemas import TenantLimits
+from server_ext.tenants import Caller
 from tests.support import CALL_TIMEOUT_S, Server
 from zoact_remote import Adapter, Client
 from zoact_remote.layout import Layout, select_sites
+
+OPERATOR = Caller(None, TenantLimits.operators())
+"""Who may do everything."""
 
 
 def layout_of(client: Client, adapter: Adapter) -> Layout:

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server_ext import coefficients
 from server_ext.coefficients import Coefficients, largest_step
 from server_ext.noise import Noise
 from tests.strategies import SEEDS, layouts, updates
@@ -24,17 +25,17 @@ HISTORIES = st.lists(updates(), max_size=5)
 @given(layouts(), HISTORIES)
 def test_rademacher_coefficients_are_the_replayed_ones_bit_for_bit(layout: Layout, history: list[Update]) -> None:
     """With a normaliser too: IEEE 754 rounds square roots and quotients correctly, and nothing else is inexact."""
-    coefficients = Coefficients(Noise(layout, "rademacher"))
+    held = Coefficients(Noise(layout, "rademacher"))
     for i, update in enumerate(history):
-        coefficients = coefficients.after(update)
+        held = held.after(update)
         expected = replay(layout, "rademacher", history[: i + 1])
-        np.testing.assert_array_equal(coefficients.flat.numpy().view(np.uint32), expected.view(np.uint32))
-        assert coefficients.digest() == coefficients_digest(expected, layout)
+        np.testing.assert_array_equal(held.flat.numpy().view(np.uint32), expected.view(np.uint32))
+        assert held.digest() == coefficients_digest(expected, layout)
 
 
 @given(layouts(), updates())
 def test_gaussian_coefficients_agree_up_to_rounding(layout: Layout, update: Update) -> None:
-    coefficients = Coefficients(Noise(layout, "gaussian")).after(update)
+    held = Coefficients(Noise(layout, "gaussian")).after(update)
     expected = apply_update(np.zeros(layout.size, np.float32), layout, "gaussian", update)
     # One unit of the noise's last place, at the size that the terms reach before they cancel.
     reach = np.zeros(layout.size)
@@ -45,7 +46,7 @@ def test_gaussian_coefficients_agree_up_to_rounding(layout: Layout, update: Upda
         moment = update.normaliser.offset + sum(squares, np.zeros(layout.size))
         reach /= np.sqrt(moment) + update.normaliser.epsilon
     eps = float(np.finfo(np.float32).eps)
-    assert (np.abs(coefficients.flat.numpy() - expected) <= 16 * eps * reach + 1e-37).all()
+    assert (np.abs(held.flat.numpy() - expected) <= 16 * eps * reach + 1e-37).all()
 
 
 @given(layouts(), SEEDS, st.floats(2**-20, 1e3), st.sampled_from([1, -1]))
@@ -55,13 +56,15 @@ def test_a_perturbation_is_epsilon_times_the_direction(layout: Layout, seed: int
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
-@given(layouts(), st.integers(0, 2**32 - 1))
-def test_the_digest_is_numpys_whatever_the_bits(layout: Layout, seed: int) -> None:
-    """Negative zeros, subnormal numbers, infinities and NaNs with their payloads too."""
+@given(layouts(), st.integers(0, 2**32 - 1), st.integers(1, 1000) | st.just(coefficients.DIGESTED_AT_ONCE))
+def test_the_digest_is_numpys_whatever_the_bits(layout: Layout, seed: int, at_once: int) -> None:
+    """Negative zeros, subnormal numbers, infinities and NaNs with their payloads too, and wherever it is cut."""
     bits = np.random.default_rng(seed).integers(0, 2**32, layout.size, dtype=np.uint32)
     flat = bits.view(np.float32)
-    found = Coefficients(Noise(layout, "rademacher"), torch.from_numpy(flat.copy())).digest()
-    assert found == coefficients_digest(flat, layout)
+    held = Coefficients(Noise(layout, "rademacher"), torch.from_numpy(flat.copy()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coefficients, "DIGESTED_AT_ONCE", at_once)
+        assert held.digest() == coefficients_digest(flat, layout)
 
 
 def test_an_update_leaves_what_it_starts_from_as_it_was() -> None:

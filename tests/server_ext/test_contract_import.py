@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -147,6 +148,16 @@ def test_what_is_refused_changes_nothing(client: Client, server: Server, tmp_pat
 
     assert client.adapters() == before
     assert sorted(server.state.glob("*/*")) == files
+
+
+def test_the_largest_adapter_that_there_can_be_comes_back(client: Client) -> None:
+    info = client.info()
+    rank = min(info.limits.max_rank, *(site.in_features for site in info.sites))
+    adapter = trained_adapter(client, rank=rank)
+    assert len(adapter.info.sites) == len(info.sites)
+    with TemporaryDirectory() as directory:
+        again = client.import_adapter(new_name(), adapter.export(directory))
+    assert again.info.digest == adapter.refresh().digest
 
 
 def test_an_export_is_sent_back_as_it_is(client: Client, server: Server) -> None:

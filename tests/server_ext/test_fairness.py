@@ -21,7 +21,8 @@ from server_ext.engines.transformers import TransformersEngine
 from server_ext.fairness import FairQueue
 from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR, Tenants
+from server_ext.tenants import Tenants
+from tests.server_ext.support import OPERATOR
 from tests.support import CALL_TIMEOUT_S
 from zoact_remote import Client, Probe
 from zoact_remote.cli.local_server import free_port

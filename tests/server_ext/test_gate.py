@@ -12,7 +12,8 @@ from server_ext.errors import ApiError
 from server_ext.gate import Gate
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter, Update
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR, Tenants
+from server_ext.tenants import Tenants
+from tests.server_ext.support import OPERATOR
 
 NAMES = ("acme/a", "acme/b", "acme/c")
 

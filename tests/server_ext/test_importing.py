@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors.numpy import load, save
 from server_ext.coefficients import LARGEST_COEFFICIENT
 from server_ext.errors import ApiError
 from server_ext.export import Exported, export_tar
-from server_ext.importing import Imported, read_lora
+from server_ext.importing import LARGEST_JSON, Imported, largest_archive, read_lora
 from server_ext.inputs import make_sites
 from tests.loras import Halves, lora_archive, lora_files, random_halves
 from zoact_remote.digest import coefficients_digest
@@ -36,7 +38,7 @@ MAX_RANK = 8
 
 
 def taken(archive: bytes, max_rank: int = MAX_RANK) -> Imported:
-    return read_lora(archive, SITES, max_rank, MODEL)
+    return read_lora(BytesIO(archive), SITES, max_rank, MODEL)
 
 
 def served(found: Imported) -> dict[str, NDArray[np.float64]]:
@@ -261,3 +263,25 @@ def test_an_export_rounds_to_nearest_even(dtype: str) -> None:
         matrix[3] = 65520
         with pytest.raises(ApiError, match=r"dtype: coefficients of .* are too large for float16"):
             export_tar(exported, SITES, dtype)
+
+
+@given(chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 10), name=st.text(max_size=300))
+def test_no_export_is_longer_than_an_import_may_be(chosen: set[Any], rank: int, name: str) -> None:
+    """Not even one of all sites, whose names all stand in its configuration."""
+    layout = Layout(tuple(site for site in SITES if site in chosen), rank)
+    basis = {name: np.zeros((width, rank), np.float32) for name, width in layout.inputs.items()}
+    exported = Exported("a/b", 1, "sha256:0", name, MODEL, layout, basis, np.zeros(layout.size, np.float32))
+    everywhere = [*SITES, *make_sites([("model.layers.9." + layer, 1, 1) for layer in LAYERS])]
+    length = len(export_tar(exported, everywhere, "float32"))
+    room = largest_archive(layout.sites, rank)
+    assert length <= room <= length + 4 * LARGEST_JSON
+
+
+@pytest.mark.parametrize("file", [CONFIG, ABOUT])
+def test_a_json_file_is_not_as_long_as_an_adapter(file: str) -> None:
+    files = lora_files(random_halves(SITES[:1], 1))
+    files.setdefault(file, json.dumps({"model_digest": MODEL}).encode())
+    read_lora(BytesIO(tar_of(files)), SITES, MAX_RANK, MODEL)
+    files[file] += b" " * LARGEST_JSON
+    with pytest.raises(ApiError, match=f"{file}: must be no longer"):
+        taken(tar_of(files))

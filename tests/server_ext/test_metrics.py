@@ -28,8 +28,8 @@ from server_ext.metrics import NOBODY, OPERATOR, OTHER, Metrics
 from server_ext.routes import ADAPTER, PREFIX
 from server_ext.schemas import AskLosses, BasisSpec, Calibrate, CreateAdapter, Update
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR as OPERATOR_CALLER
 from server_ext.tenants import Tenants
+from tests.server_ext.support import OPERATOR as OPERATOR_CALLER
 from tests.server_ext.support import Figures, layout_of
 from tests.support import CALL_TIMEOUT_S, KEY, ROWS, SLOTS, Server
 from zoact_remote import Adapter, Basis, Client, Probe, RateLimited, StaleVersion

@@ -21,7 +21,8 @@ from server_ext.gate import Gate
 from server_ext.packing import SCORED_ROWS
 from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter, TenantLimits, Update
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR, Tenants, calling, key_digest
+from server_ext.tenants import Tenants, calling, key_digest
+from tests.server_ext.support import OPERATOR
 
 T = TypeVar("T")
 

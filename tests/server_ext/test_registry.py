@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,14 +28,16 @@ from hypothesis.stateful import (
 )
 from numpy.typing import NDArray
 
+from server_ext.adapters import OLD_VERSIONS_KEPT, VERSIONS_READ_AT_ONCE, Adapter
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.importing import read_lora
+from server_ext.journal import Journal
 from server_ext.registry import Registry
-from server_ext.schemas import BasisSpec, Calibrate, CreateAdapter
+from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR
 from tests.loras import lora_archive, random_halves
+from tests.server_ext.support import OPERATOR
 from tests.strategies import SEEDS
 from zoact_remote import Update
 from zoact_remote.digest import coefficients_digest
@@ -51,6 +56,10 @@ EVERY = 3
 @pytest.fixture(scope="module")
 def engine(tiny_model: Path) -> TransformersEngine:
     return TransformersEngine(str(tiny_model))
+
+
+class Broken(Exception):
+    """What a failing engine raises: there is nothing in its words."""
 
 
 class Stage:
@@ -89,16 +98,39 @@ class Stage:
         self.stop()
         self.directory = copy
 
+    @contextmanager
+    def failing(self, method: str, done: bool, version: int | None = None) -> Iterator[None]:
+        """Has a method of the engine fail, of one version alone if given, before or after what it does is done."""
+        stock = getattr(self._engine, method)
+
+        async def fail(*args: Any) -> Any:
+            if version is not None and args[1] != version:
+                return await stock(*args)
+            if done:
+                await stock(*args)
+            raise Broken
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(self._engine, method, fail)
+            yield
+
     async def _settle(self) -> None:
         await asyncio.gather(*self.registry._snapshot_tasks)
 
     def bring(self, name: str, seed: int = 0) -> tuple[Layout, list[NDArray[np.float32]]]:
         """Imports an adapter; where it acts, and what it begins with."""
-        sites = select_sites(self._engine.sites, SITES)
-        archive = lora_archive(random_halves(sites, 2, seed))
-        self.run(self.service.import_adapter(OPERATOR, name, archive, "rademacher"))
-        found = read_lora(archive, sites, 2, "")
+        self.run(self.bring_later(name, seed))
+        found = read_lora(BytesIO(self._archive(seed)), self._engine.sites, 2, "")
         return found.layout, [found.flat]
+
+    async def bring_later(self, name: str, seed: int = 0) -> None:
+        async def body() -> AsyncIterator[bytes]:
+            yield self._archive(seed)
+
+        await self.service.import_adapter(OPERATOR, name, body(), "rademacher")
+
+    def _archive(self, seed: int) -> bytes:
+        return lora_archive(random_halves(select_sites(self._engine.sites, SITES), 2, seed))
 
     def change(self, name: str, change: Change) -> tuple[int, str, bool]:
         async def make() -> tuple[int, str, bool]:
@@ -109,11 +141,11 @@ class Stage:
         return self.run(make())
 
     def read(self, name: str, version: int) -> NDArray[np.float32]:
-        async def read() -> NDArray[np.float32]:
-            async with self.registry.at(self.registry.calibrated(name), version) as point:
-                return await self._engine.read(point.key, point.version)
+        return self.run(self.read_later(name, version))
 
-        return self.run(read())
+    async def read_later(self, name: str, version: int) -> NDArray[np.float32]:
+        async with self.registry.at(await self.registry.calibrated(name), version) as point:
+            return await self._engine.read(point.key, point.version)
 
 
 @dataclass
@@ -248,6 +280,32 @@ class RegistryMachine(RuleBasedStateMachine):
             self.make(name, history, last)
             assert self.stage.change(name, last) == (history.newest, history.digest(history.newest), False)
 
+    @precondition(lambda self: any(self.adapters.values()))
+    @rule(data=st.data(), change=CHANGES, keyed=st.booleans(), done=st.booleans(), again=st.booleans())
+    def change_while_the_engine_fails(
+        self, data: st.DataObject, change: Change, keyed: bool, done: bool, again: bool
+    ) -> None:
+        name, history = data.draw(st.sampled_from([(n, h) for n, h in self.adapters.items() if h is not None]))
+        key = f"unused-{history.newest}" if keyed else None
+        change = replace(change, base_version=history.newest, key=key)
+        if isinstance(change, Rollback):
+            change = replace(change, to_version=min(change.to_version, history.newest))
+        history.flats.append(history.after(change))
+        made = (history.newest, history.digest(history.newest), False)
+        if key is not None:
+            history.keys[key] = (change, history.newest)
+        with self.stage.failing("hold", done, version=history.newest), pytest.raises(Broken):
+            self.stage.change(name, change)
+        if again:
+            with self.stage.failing("put", done), pytest.raises(ApiError) as failed:
+                self.stage.read(name, 0)
+            assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
+            assert self.stage.registry.adapter(name).info().state == "failed"
+        if key is not None:
+            assert self.stage.change(name, change) == made
+        else:
+            np.testing.assert_array_equal(self.stage.read(name, history.newest), history.flats[-1])
+
     @rule(name=st.sampled_from(NAMES), data=st.data())
     def read_any_version(self, name: str, data: st.DataObject) -> None:
         history = self.adapters.get(name)
@@ -338,10 +396,85 @@ def test_a_damaged_file_costs_its_adapter_and_no_other(stage: Stage, kind: str, 
     assert states == {"acme/a": "failed", "acme/b": "ready"}
     with pytest.raises(ApiError) as failed:
         stage.change("acme/a", Update(0, ()))
-    assert (failed.value.status, failed.value.code) == (503, "adapter_failed")
+    assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
     assert stage.change("acme/b", Update(0, ((1, 0.5),)))[0] == 1
     stage.run(stage.service.delete("acme/a"))
     assert not list((stage.directory / "imports").iterdir())
+
+
+def test_an_adapter_that_failed_is_mended_behind_those_who_read_it(stage: Stage) -> None:
+    stage.bring("acme/a")
+    registry, engine = stage.registry, stage._engine
+
+    async def read_through_a_failure() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        adapter = await registry.calibrated("acme/a")
+        async with registry.at(adapter, 0) as point:
+            before = await engine.read(point.key, 0)
+            with stage.failing("hold", done=False), pytest.raises(Broken):
+                async with registry.changing("acme/a"):
+                    await registry.change(adapter, Update(0, ((1, 0.5),)))
+            assert adapter.info().state == "failed"
+            mending = asyncio.create_task(registry.calibrated("acme/a"))
+            late = asyncio.create_task(stage.read_later("acme/a", 0))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            after = await engine.read(point.key, 0)
+            assert (mending.done(), late.done()) == (False, False)
+        assert (await mending).version == 1
+        np.testing.assert_array_equal(await late, before)
+        return before, after
+
+    np.testing.assert_array_equal(*stage.run(read_through_a_failure()))
+
+
+@pytest.mark.parametrize("method", ["put", "hold"])
+def test_a_basis_that_could_not_be_loaded_is_there_once_it_can(stage: Stage, method: str) -> None:
+    ask = CreateAdapter(name="acme/a", rank=2, sites=list(SITES), basis=BasisSpec(source="random"))
+    stage.run(stage.service.create(OPERATOR, ask))
+    with stage.failing(method, done=False):
+        for call in (
+            lambda: stage.run(stage.service.calibrate(OPERATOR, "acme/a", Calibrate())),
+            lambda: stage.read("acme/a", 0),
+            lambda: stage.change("acme/a", Update(0, ())),
+        ):
+            with pytest.raises(ApiError) as failed:
+                call()
+            assert (failed.value.status, failed.value.code) == (500, "adapter_failed")
+            assert stage.registry.adapter("acme/a").info().state == "failed"
+    assert not stage.read("acme/a", 0).any()
+    info = stage.registry.adapter("acme/a").info()
+    assert (info.state, info.version, info.digest is None) == ("ready", 0, False)
+    assert stage.change("acme/a", Update(0, ((1, 0.5),)))[0] == 1
+
+
+def test_a_call_that_is_cancelled_in_mid_change_leaves_the_adapter_as_the_journal_has_it(stage: Stage) -> None:
+    layout, (start,) = stage.bring("acme/a")
+    update = Update(0, ((1, 0.5),))
+    append = Journal.append
+
+    async def cancel() -> None:
+        begun, end = threading.Event(), threading.Event()
+
+        def wait(*args: Any) -> int:
+            begun.set()
+            assert end.wait(20)
+            return append(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "append", wait)
+            async with stage.registry.changing("acme/a") as adapter:
+                changing = asyncio.create_task(stage.registry.change(adapter, update))
+                assert await asyncio.to_thread(begun.wait, 20)
+                changing.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await changing
+            end.set()
+
+    stage.run(cancel())
+    np.testing.assert_array_equal(stage.read("acme/a", 0), start)
+    assert stage.registry.adapter("acme/a").version == 1
+    np.testing.assert_array_equal(stage.read("acme/a", 1), apply_update(start, layout, "rademacher", update))
+    assert stage.change("acme/a", Update(1, ()))[0] == 2
 
 
 def test_another_adapters_coefficients_are_not_taken(stage: Stage) -> None:
@@ -359,7 +492,7 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     registry, engine = stage.registry, stage._engine
 
     async def read_through_changes() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        adapter = registry.calibrated("acme/a")
+        adapter = await registry.calibrated("acme/a")
         async with registry.at(adapter, adapter.version) as point:
             before = await engine.read(point.key, point.version)
             for version in range(8):
@@ -372,9 +505,124 @@ def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     before, after = stage.run(read_through_changes())
     np.testing.assert_array_equal(before, after)
     # Nobody needs it any longer, so it goes with the next change or two.
-    held = engine._store[registry.calibrated("acme/a").row.key].versions
+    held = engine._store[registry.adapter("acme/a").row.key].versions
     stage.change("acme/a", Update(8, ()))
     assert len(held) <= 4
+
+
+def test_of_many_versions_asked_for_at_once_few_are_held(stage: Stage) -> None:
+    layout, flats = stage.bring("acme/a")
+    newest = 2 * VERSIONS_READ_AT_ONCE
+    for version in range(newest):
+        change = Update(version, ((version, 0.5),))
+        flats.append(apply_update(flats[-1], layout, "rademacher", change))
+        stage.change("acme/a", change)
+    registry, held = stage.registry, stage._engine._store[stage.registry.adapter("acme/a").row.key].versions
+    inside: list[int] = []
+    most = {"read": 0, "held": 0}
+
+    async def read(adapter: Adapter, version: int, end: asyncio.Event) -> NDArray[np.float32]:
+        async with registry.at(adapter, version) as point:
+            inside.append(version)
+            most["read"] = max(most["read"], len(set(inside)))
+            most["held"] = max(most["held"], len(held))
+            await end.wait()
+            flat = await stage._engine.read(point.key, version)
+            inside.remove(version)
+        return flat
+
+    async def crowd() -> list[NDArray[np.float32]]:
+        adapter, end = await registry.calibrated("acme/a"), asyncio.Event()
+        asked = [version for version in range(newest + 1) for _ in range(2)]
+        readers = [asyncio.create_task(read(adapter, version, end)) for version in asked]
+        while len(inside) < 2 * VERSIONS_READ_AT_ONCE:
+            await asyncio.sleep(0.001)
+        # Training does not wait for them.
+        async with registry.changing("acme/a"):
+            assert (await registry.change(adapter, Update(newest, ()))).applied
+        end.set()
+        return await asyncio.gather(*readers)
+
+    for i, found in enumerate(stage.run(crowd())):
+        np.testing.assert_array_equal(found, flats[i // 2])
+    assert most["read"] == VERSIONS_READ_AT_ONCE
+    assert most["held"] <= 1 + VERSIONS_READ_AT_ONCE + OLD_VERSIONS_KEPT + 1
+
+
+@pytest.mark.parametrize(
+    ("files", "method", "use"),
+    [
+        ("_files", "read_basis", lambda s: s.service.export("acme/a", None, "float32")),
+        ("_files", "read_import", lambda s: s.read_later("acme/a", 0)),
+        ("_files", "write_import", lambda s: s.bring_later("acme/c")),
+        ("_files", "write_basis", lambda s: s.bring_later("acme/c")),
+        ("_files", "remove", lambda s: s.service.delete("acme/a")),
+        ("snapshots", "read", lambda s: s.read_later("acme/a", EVERY)),
+    ],
+)
+def test_nobodys_files_hold_up_a_commit(
+    stage: Stage, files: str, method: str, use: Callable[[Stage], Coroutine[Any, Any, Any]]
+) -> None:
+    stage.bring("acme/a")
+    for version in range(2 * EVERY):
+        stage.change("acme/a", Update(version, ((version, 0.5),)))
+    make_adapter(stage, "umbra/a")
+    # So that the engine holds nothing but the newest version.
+    stage.stop()
+    stage.start()
+    owner = stage.registry._files if files == "_files" else stage.registry._files.snapshots
+    function, begun, end = getattr(owner, method), threading.Event(), threading.Event()
+
+    def wait(*args: Any) -> Any:
+        begun.set()
+        assert end.wait(20)
+        return function(*args)
+
+    async def change_meanwhile() -> None:
+        using = asyncio.create_task(use(stage))
+        try:
+            assert await asyncio.to_thread(begun.wait, 30)
+            async with stage.registry.changing("umbra/a") as adapter:
+                result = await stage.registry.change(adapter, Update(0, ((1, 0.5),)))
+            assert (result.version, using.done()) == (1, False)
+        finally:
+            end.set()
+            await using
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, wait)
+        stage.run(change_meanwhile())
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_an_adapter_deleted_under_an_evaluation_that_fails_is_dropped(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    stage.bring("acme/a")
+    stage.change("acme/a", Update(0, ((1, 0.5),)))
+    held = stage._engine._store._adapters
+    key = stage.registry.adapter("acme/a").row.key
+
+    async def delete_meanwhile() -> None:
+        begun, end = asyncio.Event(), asyncio.Event()
+
+        async def fail(*_: Any) -> Any:
+            begun.set()
+            await end.wait()
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(stage._engine, "score", fail)
+        ask = AskScores(rows=[CompletionRow(prompt=[0, 40], completion=[41])], version=version)
+        scoring = asyncio.create_task(stage.service.scores(OPERATOR, "acme/a", ask))
+        await begun.wait()
+        await stage.service.delete("acme/a")
+        assert key in held
+        end.set()
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await scoring
+
+    stage.run(delete_meanwhile())
+    assert key not in held
 
 
 def test_what_a_killed_server_left_behind_is_removed(stage: Stage) -> None:

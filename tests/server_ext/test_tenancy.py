@@ -290,7 +290,7 @@ PROBES = [{"seed": seed, "epsilon": 0.1} for seed in range(4)]
         ("max_adapters", 1, "", {"name": "NAME"}, 403, "name"),
         ("max_coefficient_bytes", 30000, "", {"name": "NAME", "rank": 9}, 403, "rank"),
         ("max_rank", 1, "/import", LORA, 400, "adapter_config.json: r"),
-        ("max_request_bytes", 2000, "/import", LORA, 413, None),
+        ("max_import_bytes", 2000, "/import", LORA, 413, None),
         ("max_adapters", 1, "/import", LORA, 403, "name"),
         ("max_coefficient_bytes", 5000, "/import", LORA, 403, "rank"),
     ],
@@ -328,6 +328,12 @@ def test_a_limit_holds_for_whoever_comes_at_the_same_time(house: House) -> None:
     assert sorted(answer.status_code for answer in answers) == [201] * 3 + [403] * 9
     with house.client("crowd") as client:
         assert len(client.adapters()) == 3
+
+
+def test_an_import_may_be_longer_than_other_calls(house: House) -> None:
+    house.add("movers", max_request_bytes=2000)
+    assert len(LORA) > 2000
+    assert house.call("movers", "POST", "/adapters/movers/model/import", LORA).status_code == 201
 
 
 def test_a_body_of_no_announced_length_is_counted_as_it_comes(house: House, secret: Adapter) -> None:

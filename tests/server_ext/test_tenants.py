@@ -9,12 +9,22 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server_ext.errors import ApiError
 from server_ext.schemas import TenantLimits
-from server_ext.tenants import FILE_VARIABLE, KEY_VARIABLE, OPERATOR, Tenants, key_digest, open_tenants, read_keys_file
+from server_ext.tenants import (
+    FILE_VARIABLE,
+    KEY_VARIABLE,
+    Defaults,
+    Tenants,
+    key_digest,
+    open_tenants,
+    read_keys_file,
+)
+from tests.server_ext.support import OPERATOR
+from zoact_remote import toml
 
 OPERATORS_KEY = "the operator's"
 LIMITS = TenantLimits(max_adapters=3, requests_per_minute=None)
@@ -166,8 +176,8 @@ keys = []
 def test_the_keys_file_is_read(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(FILE)
-    operators, tenants = read_keys_file(file)
-    assert operators == [A]
+    operators, tenants, defaults = read_keys_file(file)
+    assert (operators, defaults) == ([A], Defaults())
     assert [(tenant.name, tenant.keys) for tenant in tenants] == [("acme", {B, C}), ("umbra", frozenset())]
     assert tenants[0].limits == TenantLimits(max_adapters=8, requests_per_minute=600)
     assert tenants[1].limits == TenantLimits()
@@ -187,6 +197,9 @@ def test_the_keys_file_is_read(tmp_path: Path) -> None:
         ("[tenants.acme]\nkeys = []\nlimits = { max_adaptors = 1 }", "tenants.acme.limits.max_adaptors"),
         ("[tenants.ACME]\nkeys = []", "tenants.ACME"),
         ('[tenants."a/b"]\nkeys = []', "tenants.a/b"),
+        ("[limits]\ntenants = { max_rows = -1 }", "limits.tenants.max_rows"),
+        ("[limits]\noperator = { max_row = 1 }", "limits.operator.max_row"),
+        ("[limits]\nmax_rows = 1", "limits.max_rows"),
         ("operators = [", "keys.toml"),
     ],
 )
@@ -196,6 +209,52 @@ def test_a_broken_keys_file_is_refused_by_its_field(tmp_path: Path, text: str, n
     with pytest.raises(ValueError, match=f"keys.toml: .*{named}|{named}: ") as refused:
         read_keys_file(file)
     assert "in-the-clear" not in str(refused.value)
+
+
+NAMES = sorted(set(TenantLimits.model_fields))
+GIVEN = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 10))
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(everybodys=GIVEN, fixed=GIVEN, added=GIVEN, changed=GIVEN, operators=GIVEN)
+def test_what_limits_leave_out_is_everybodys_and_then_the_servers(
+    tmp_path: Path,
+    everybodys: dict[str, int],
+    fixed: dict[str, int],
+    added: dict[str, int],
+    changed: dict[str, int],
+    operators: dict[str, int],
+) -> None:
+    file, path = tmp_path / "keys.toml", tmp_path / "tenants.sqlite"
+    path.unlink(missing_ok=True)
+    limits = {"tenants": everybodys, "operator": operators}
+    file.write_text(toml.dumps({"limits": limits, "tenants": {"fixed": {"keys": [B], "limits": fixed}}}))
+
+    def expected(given: dict[str, int], defaults: dict[str, int]) -> TenantLimits:
+        return TenantLimits(**(defaults | given))
+
+    _, tenants, defaults = read_keys_file(file)
+    with closing(Tenants(path, [A], tenants, defaults)) as first:
+        key = first.add("added", TenantLimits(**added))
+        first.add("changed", TenantLimits())
+        assert first.change_limits("changed", TenantLimits(**changed)) == expected(changed, everybodys)
+        assert first.identify(f"Bearer {key}").limits == expected(added, everybodys)
+        assert first.identify("Bearer b").limits == expected(fixed, everybodys)
+        assert first.identify("Bearer a").limits == TenantLimits(**(TenantLimits.operators().model_dump() | operators))
+    # Another file's defaults take the place of this one's, and not of what tenants were given.
+    with closing(Tenants(path, [A])) as second:
+        found = {tenant.name: tenant.limits for tenant in second.all()}
+    assert found == {"added": expected(added, {}), "changed": expected(changed, {})}
+
+
+def test_without_keys_everybody_has_the_operators_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text("[limits]\noperator = { max_rows = 7, requests_per_minute = 60 }\ntenants = { max_rows = 1 }")
+    monkeypatch.setenv(FILE_VARIABLE, str(file))
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    with closing(open_tenants(tmp_path, "127.0.0.1")) as tenants:
+        limits = tenants.identify("").limits
+    assert (limits.max_rows, limits.requests_per_minute, limits.max_adapters) == (7, 60, None)
 
 
 def test_a_missing_keys_file_is_named(tmp_path: Path) -> None:

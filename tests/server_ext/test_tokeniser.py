@@ -28,8 +28,8 @@ from server_ext.schemas import (
     TenantLimits,
 )
 from server_ext.service import Service
-from server_ext.tenants import OPERATOR
 from server_ext.tokeniser import Tokeniser
+from tests.server_ext.support import OPERATOR
 
 WITHIN_S = 30
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=8)

@@ -64,9 +64,9 @@ def test_it_is_not_sent_again(client: Client, server: responses.RequestsMock, di
 
 
 def test_what_is_too_long_is_not_sent(client: Client, server: responses.RequestsMock, directory: Path) -> None:
-    limits = INFO["limits"] | {"max_request_bytes": 5000}
+    limits = INFO["limits"] | {"max_request_bytes": 10, "max_import_bytes": 5000}
     server.get(f"{API}/info", json=INFO | {"limits": limits})
-    with pytest.raises(TooLarge, match=r"max_request_bytes is 5000"):
+    with pytest.raises(TooLarge, match=r"max_import_bytes is 5000"):
         client.import_adapter("acme/triage", directory)
 
 

@@ -66,7 +66,7 @@ def serve(
     keys: Annotated[
         Path | None,
         typer.Option(
-            help="Digests of the operators' and the tenants' keys, with limits, in TOML.",
+            help="Digests of the operators' and the tenants' keys, and limits, in TOML.",
             envvar="ZOACT_KEYS",
             metavar="FILE",
             exists=True,

@@ -22,8 +22,8 @@ Limits = Annotated[
     typer.Option(
         "--limit",
         help="max_adapters=8, once for every limit that is not the server's default; =none for no limit. The others "
-        "are max_coefficient_bytes, max_rank, max_probes, max_rows, max_call_tokens, max_request_bytes and "
-        "requests_per_minute.",
+        "are max_coefficient_bytes, max_rank, max_probes, max_rows, max_call_tokens, max_request_bytes, "
+        "max_import_bytes and requests_per_minute.",
         metavar="NAME=NUMBER",
     ),
 ]

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoact_remote import toml
 from zoact_remote.cli.output import CommandFailed
 from zoact_remote.extension import PLUGIN, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
 
@@ -76,7 +77,7 @@ def vllm_command(
         training_share: of a batch's tokens that training takes at most while there is other traffic; 1 treats all
             requests alike.
         api_key: the operator's; None for none.
-        keys: file of tenants' keys; None for none.
+        keys: file of keys and limits; None for none.
         extra: flags for vLLM. They win: no flag that is there is added.
         on_cpu: whether this vLLM is the CPU's.
         environment: as it is.
@@ -116,7 +117,8 @@ def vllm_command(
         SHARE_VARIABLE: str(training_share),
     }
     changes |= key_environment(api_key, keys)
-    if (api_key is not None or keys is not None) and "VLLM_API_KEY" not in environment:
+    guarded = api_key is not None or (keys is not None and _holds_keys(keys))
+    if guarded and "VLLM_API_KEY" not in environment:
         # vLLM starts without a plug-in that fails to load. Then nobody knows the key of its routes.
         changes["VLLM_API_KEY"] = secrets.token_urlsafe(32)
     if on_cpu:
@@ -177,6 +179,12 @@ def flags(extra: Sequence[str]) -> dict[str, str | None]:
             value = extra[i + 1] if i + 1 < len(extra) and not extra[i + 1].startswith("--") else ""
         found[name.replace("--no-", "--", 1) if name.startswith("--no-") else name] = value or None
     return found
+
+
+def _holds_keys(file: Path) -> bool:
+    """Whether a keys file names anybody: it may hold limits alone."""
+    found = toml.load(file)
+    return bool(found.get("operators") or found.get("tenants"))
 
 
 def _plugins(allowed: str | None, installed: Collection[str]) -> str:

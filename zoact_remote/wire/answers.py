@@ -35,7 +35,8 @@ class Limits:
         max_choices: choices of a row.
         max_adapters: adapters of the tenant.
         max_coefficient_bytes: of all the tenant's adapters.
-        max_request_bytes: of a call's body.
+        max_request_bytes: of a call's body, but for an import's.
+        max_import_bytes: of an import's body.
         requests_per_minute: of the tenant.
 
     """
@@ -50,6 +51,7 @@ class Limits:
     max_adapters: int | None = None
     max_coefficient_bytes: int | None = None
     max_request_bytes: int | None = None
+    max_import_bytes: int | None = None
     requests_per_minute: int | None = None
 
     @classmethod
@@ -122,7 +124,8 @@ class AdapterInfo:
         imported_digest: digest of version 0's coefficients where they were imported; None where version 0 is the base
             model.
         created: when it was created.
-        state: ``"new"`` before calibration, then ``"ready"``.
+        state: ``"new"`` before calibration, then ``"ready"``; ``"failed"`` if the server could not load it, which it
+            tries again with the next call.
 
     """
 

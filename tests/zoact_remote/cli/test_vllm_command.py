@@ -94,19 +94,35 @@ def test_other_plugins_stay(before: str | None, plugins: tuple[str, ...], after:
     assert command(environment=environment, plugins=plugins)[1]["VLLM_PLUGINS"] == after
 
 
-def test_keys_are_no_flags() -> None:
-    flags, environment = command(api_key=KEY, keys=Path("keys.toml"))
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    file = tmp_path / "keys.toml"
+    file.write_text('operators = ["sha256:1"]')
+    return file
+
+
+def test_keys_are_no_flags(keys: Path) -> None:
+    flags, environment = command(api_key=KEY, keys=keys)
     assert KEY not in [value for values in flags.values() for value in values]
     assert environment["ZOACT_API_KEY"] == KEY
-    assert environment["ZOACT_KEYS"] == str(Path("keys.toml").resolve())
+    assert environment["ZOACT_KEYS"] == str(keys.resolve())
 
 
-@pytest.mark.parametrize("given", [{"api_key": KEY}, {"keys": Path("keys.toml")}])
-def test_where_there_are_keys_vllm_has_one_that_nobody_knows(given: dict[str, Any]) -> None:
+@pytest.mark.parametrize("how", ["a key", "a file"])
+def test_where_there_are_keys_vllm_has_one_that_nobody_knows(keys: Path, how: str) -> None:
+    given: dict[str, Any] = {"api_key": KEY} if how == "a key" else {"keys": keys}
     first, second = (command(**given)[1]["VLLM_API_KEY"] for _ in range(2))
     assert first != second
     assert KEY not in first
     assert "VLLM_API_KEY" not in command(environment={"VLLM_API_KEY": "theirs"}, **given)[1]
+
+
+def test_a_file_of_limits_alone_locks_nobody_out(tmp_path: Path) -> None:
+    file = tmp_path / "limits.toml"
+    file.write_text("[limits]\noperator = { max_rows = 2048 }")
+    environment = command(keys=file)[1]
+    assert environment["ZOACT_KEYS"] == str(file.resolve())
+    assert "VLLM_API_KEY" not in environment
 
 
 @pytest.mark.parametrize(
