@@ -14,19 +14,16 @@ next two steps probe that version, as the first two do the first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from zoact_remote.callbacks import Callback
 from zoact_remote.errors import StaleVersion
-from zoact_remote.estimators import Ask, Estimator
+from zoact_remote.estimators import Ask
 from zoact_remote.history import History, StepRecord
-from zoact_remote.optimizers import Optimizer
-from zoact_remote.schedules import Schedule
-from zoact_remote.training import Evaluator, Trainable, Trainer
-from zoact_remote.wire import Json, Losses, Rollback, Row, Update
+from zoact_remote.training import Trainer
+from zoact_remote.wire import Json, Losses, Rollback, Update
 
 
 class PipelinedTrainer(Trainer):
@@ -41,36 +38,7 @@ class PipelinedTrainer(Trainer):
 
     kind: ClassVar[str] = "pipelined"
 
-    def __init__(
-        self,
-        adapter: Trainable,
-        estimator: Estimator,
-        optimizer: Optimizer,
-        schedule: Schedule | float,
-        rows: Sequence[Row],
-        *,
-        steps: int,
-        batch_size: int = 16,
-        seed: int = 0,
-        eval_rows: Sequence[Row] = (),
-        eval_every: int | None = None,
-        evaluator: Evaluator | None = None,
-        callbacks: Sequence[Callback | Callable[[Trainer, StepRecord], None]] = (),
-    ) -> None:
-        super().__init__(
-            adapter,
-            estimator,
-            optimizer,
-            schedule,
-            rows,
-            steps=steps,
-            batch_size=batch_size,
-            seed=seed,
-            eval_rows=eval_rows,
-            eval_every=eval_every,
-            evaluator=evaluator,
-            callbacks=callbacks,
-        )
+    def _prepare(self) -> None:
         self._threads: Executor
         self._calls: dict[int, Future[Losses]] = {}
         """The steps whose losses have been asked for and not been used."""

@@ -149,6 +149,10 @@ class Trainer:
         self._unfinished = False
         """Whether the last step in the history still lacks its evaluation, if one is due, and its callbacks."""
         self._fresh = optimizer.state_dict()
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Set up what another loop keeps beside; this one keeps nothing more."""
 
     def run(self) -> History:
         """Train until all steps are done or a callback stops the run.
