@@ -2,10 +2,11 @@
 
     python benchmarks/serving.py MODEL [--rate 0.25] [FLAGS OF ZOACT SERVE]
 
-MODEL is a checkpoint's directory. Starts ``zoact serve`` with vLLM and puts a steady load on its OpenAI route: requests
-that arrive at random (Poisson), whatever has become of those before, with prompts of random tokens and answers of a
-fixed length, streamed; every other one is for a tuned adapter by name. Measures the load alone, training alone, and
-both together; then both together once more on a server that treats all requests alike (``--training-share 1``). The
+MODEL is a checkpoint's directory; one without weights will do where ``--row-tokens`` makes rows of random tokens and
+vLLM is told ``-- --load-format dummy``. Starts ``zoact serve`` with vLLM and puts a steady load on its OpenAI route:
+requests that arrive at random (Poisson), whatever has become of those before, with prompts of random tokens and answers
+of a fixed length, streamed; every other one is for a tuned adapter by name. Measures the load alone, training alone,
+and both together; then both together once more on a server that treats all requests alike (``--training-share 1``). The
 time to a first token counts from the moment at which its request was due. Prints a table in Markdown.
 """
 
@@ -138,6 +139,16 @@ class Trainers:
             self._ends.append(time.monotonic())
 
 
+def random_rows(options: argparse.Namespace) -> list[Row]:
+    tokens = np.random.default_rng(0).integers(3, vocabulary(options.model), (8 * BATCH, options.row_tokens))
+    return [{"prompt": row[:-1], "completion": row[-1:]} for row in tokens.tolist()]
+
+
+def vocabulary(model: str) -> int:
+    size: int = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    return size
+
+
 @contextmanager
 def training(adapters: Sequence[Adapter], rows: Sequence[Row]) -> Iterator[Trainers]:
     trainers = Trainers(adapters, rows)
@@ -150,7 +161,6 @@ def training(adapters: Sequence[Adapter], rows: Sequence[Row]) -> Iterator[Train
 @contextmanager
 def server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[tuple[Load, list[Adapter]]]:
     """A server with its load, and adapters to train."""
-    vocabulary = json.loads((Path(options.model) / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory() as name:
         arguments = [options.model, "--state", f"{name}/state", *flags]
         with (
@@ -164,7 +174,7 @@ def server(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[tuple[
                 tuned = new_adapter(client, f"bench/tuned-{number}")
                 tuned.update(Update(0, ((number, 0.01),)))
                 models += [options.model, tuned.name]
-            load = Load(running.url, models, vocabulary, options.rate, options.prompt, options.output)
+            load = Load(running.url, models, vocabulary(options.model), options.rate, options.prompt, options.output)
             # Kernels and caches are warm from here on.
             for model in models:
                 load.ask(model, [3] * options.prompt)
@@ -185,8 +195,9 @@ def main() -> None:
     parser.add_argument("--output", type=int, default=16, help="tokens of an answer")
     parser.add_argument("--seconds", type=float, default=120, help="of each load; training alone takes half as long")
     parser.add_argument("--trainers", type=int, default=2, help="adapters that train")
+    parser.add_argument("--row-tokens", type=int, help="train on rows of so many random tokens in place of tickets")
     options, flags = parser.parse_known_args()
-    rows = BUILTIN["tickets"].rows(load_jsonl(TICKETS))
+    rows = BUILTIN["tickets"].rows(load_jsonl(TICKETS)) if options.row_tokens is None else random_rows(options)
     print(
         f"{options.rate:g} requests a second of {options.prompt} + {options.output} tokens for {options.seconds:g} s; "
         f"{options.trainers} adapters train, {BATCH} rows and one ± pair a step.\n"

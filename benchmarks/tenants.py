@@ -3,8 +3,9 @@
     python benchmarks/tenants.py MODEL [FLAGS OF ZOACT SERVE]
 
 MODEL is a checkpoint's directory. All tenants ask at once, first for the base model, then each for their own adapter,
-then the same while some adapters train. Prints tokens a second in Markdown; and for how many answers, greedy, peft
-finds the same tokens with the tenant's exported adapter alone (in float32: on a GPU, give ``--dtype float32``).
+then the same while some adapters train. Prints tokens a second in Markdown, and how answers, greedy, compare with the
+tenant's exported adapter alone, in peft and float32: how many it would have written token by token, and how far their
+tokens' log-probabilities are from its own.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from zoact_remote import Client, Update
 from zoact_remote.cli.local_server import serving
 from zoact_remote.tasks import BUILTIN, load_jsonl
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZE = 0.1
 """Of every tenant's update: large enough that it changes what is written."""
 
@@ -39,11 +41,13 @@ class Answer:
     Attributes:
         model: that answered, with its version.
         tokens: of the answer.
+        logprobs: of the tokens, as the server has them.
 
     """
 
     model: str
     tokens: list[int]
+    logprobs: list[float]
 
 
 def ask_all(url: str, models: Sequence[str], prompts: Sequence[list[int]], count: int) -> tuple[list[Answer], float]:
@@ -51,11 +55,12 @@ def ask_all(url: str, models: Sequence[str], prompts: Sequence[list[int]], count
 
     def ask(model: str, prompt: list[int]) -> Answer:
         body = {"model": model, "prompt": prompt, "max_tokens": count, "temperature": 0, "ignore_eos": True}
-        body["return_token_ids"] = True
+        body |= {"return_token_ids": True, "logprobs": 0}
         response = requests.post(f"{url}/v1/completions", json=body, timeout=TIMEOUT_S)
         response.raise_for_status()
         found = response.json()
-        return Answer(found["model"], found["choices"][0]["token_ids"])
+        (choice,) = found["choices"]
+        return Answer(found["model"], choice["token_ids"], choice["logprobs"]["token_logprobs"])
 
     started = time.monotonic()
     with ThreadPoolExecutor(len(models)) as pool:
@@ -64,16 +69,15 @@ def ask_all(url: str, models: Sequence[str], prompts: Sequence[list[int]], count
 
 
 @torch.inference_mode()
-def greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The likeliest tokens behind a prompt, one after another."""
-    tokens: list[int] = []
-    ids, cache = torch.tensor([prompt]), None
-    while len(tokens) < count:
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        ids = output.logits[:, -1:].argmax(-1)
-        tokens.append(int(ids))
-    return tokens
+def compare(model: Any, prompt: list[int], answer: Answer) -> tuple[bool, float]:
+    """Whether every token of an answer is the model's likeliest behind what comes before it, and the largest difference
+    of their log-probabilities, in nats.
+    """
+    ids = torch.tensor([[*prompt, *answer.tokens]], device=DEVICE)
+    table = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1).cpu()
+    own = table.gather(1, torch.tensor(answer.tokens)[:, None])[:, 0]
+    difference = (own - torch.tensor(answer.logprobs)).abs().max()
+    return table.argmax(-1).tolist() == answer.tokens, float(difference)
 
 
 def main() -> None:
@@ -102,24 +106,23 @@ def main() -> None:
             with training(adapters[: options.trainers], rows):
                 during, beside = ask_all(running.url, names, prompts, options.output)
             network: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-            network.eval()
-            same = []
+            network.to(DEVICE).eval()
+            own, others = [], [compare(network, *asked) for asked in zip(prompts, before, strict=True)]
             for adapter, prompt, *answers in zip(adapters, prompts, before, during, strict=True):
                 for answer in answers:
                     version = int(answer.model.rpartition("@")[2])
                     exported = adapter.export(directory / answer.model.replace("/", "-"), version=version)
                     alone = PeftModel.from_pretrained(network, str(exported))
-                    same.append(answer.tokens == greedy(alone, prompt, options.output))
+                    own.append(compare(alone, prompt, answer))
                     network = alone.unload()
-            unlike = sum(a.tokens != greedy(network, p, options.output) for a, p in zip(before, prompts, strict=True))
     print(f"{options.tenants} requests at once, {options.output} tokens each; {options.trainers} adapters train.\n")
     print("| served | tokens/s | of the base model |\n| --- | --- | --- |")
     for what, rate in (("base model", base), ("adapters", tuned), ("adapters, beside training", beside)):
         print(f"| {what} | {rate:,.0f} | {rate / base:.2f} |")
-    print(
-        f"\n{sum(same)} of {len(same)} answers are those of the exported adapter alone; {unlike} of "
-        f"{options.tenants} adapters do not write what the base model writes."
-    )
+    print("\n| answers, against | same tokens | log-probabilities differ by at most, nats |\n| --- | --- | --- |")
+    for what, found in (("the exported adapter alone", own), ("the base model", others)):
+        same, differences = zip(*found, strict=True)
+        print(f"| {what} | {sum(same)} of {len(same)} | {max(differences):.2g} |")
 
 
 if __name__ == "__main__":

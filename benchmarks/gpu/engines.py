@@ -43,7 +43,6 @@ def apart(
         **os.environ,
         "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
         "VLLM_PLUGINS": "zoact" if ours else "none",
-        "ZOACT_GPU_KERNELS": "1",
         # Asking whether there is a GPU must not begin with CUDA, which does not outlive vLLM's fork.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         **(environment or {}),

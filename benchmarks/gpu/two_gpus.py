@@ -1,7 +1,7 @@
 """One model on two GPUs against the same model on one: losses, digests, bases and the time of a call.
 
     python benchmarks/gpu/two_gpus.py --geometry llama-1b
-    ZOACT_GPU_KERNELS=1 python benchmarks/gpu/two_gpus.py --model CHECKPOINT
+    ZOACT_GPU_KERNELS=0 python benchmarks/gpu/two_gpus.py --model CHECKPOINT
 
 Two servers, one after the other, are asked the same: ``zoact serve`` with ``--tensor-parallel-size`` 1 and 2. Rows are
 random token ids. A geometry gets random weights, from one seed. vLLM shards whole attention heads: a CHECKPOINT with an
@@ -57,7 +57,7 @@ def main() -> None:
             geometry.write_weights(model, DTYPE)
         one, two = (serve(options, model, gpus, directory) for gpus in (1, 2))
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    kernels = "our kernels" if os.environ.get("ZOACT_GPU_KERNELS") == "1" and ON_GPU else "vLLM's kernels"
+    kernels = "our kernels" if os.environ.get("ZOACT_GPU_KERNELS", "1") == "1" and ON_GPU else "vLLM's kernels"
     print(f"\n{device}, {options.model or options.geometry}, {DTYPE}, rank {options.rank}, {kernels}, ", end="")
     print(f"{options.rows} rows of {options.tokens} tokens, the last {COMPLETION} scored, {options.probes} probes\n")
     print_table(one, two)

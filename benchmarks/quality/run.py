@@ -1,7 +1,7 @@
 r"""Accuracy for a number of forward passes: ours, ZO-Act as in its paper, a random basis, and MeZO on all weights.
 
     python benchmarks/quality/run.py MODEL --data DIRECTORY --engine transformers
-    ZOACT_GPU_KERNELS=1 python benchmarks/quality/run.py MODEL --data DIRECTORY --dtype bfloat16 --servers 4 \
+    python benchmarks/quality/run.py MODEL --data DIRECTORY --dtype bfloat16 --servers 4 \
         --vllm "--gpu-memory-utilization 0.2 --kv-cache-memory-bytes 2G --max-model-len 2048" --minutes 9
 
 MODEL is a checkpoint's directory; DIRECTORY holds sst2, trec, agnews and subj, each with train, dev and test.jsonl.

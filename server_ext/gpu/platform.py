@@ -2,8 +2,7 @@
 ``vllm.general_plugins``.
 
 vLLM chooses the LoRA kernels by platform, so there is a platform: CUDA, with other LoRA kernels. Both doors open only
-where ``VLLM_PLUGINS`` names ``zoact``, as the endpoint plug-in needs it too, and ``ZOACT_GPU_KERNELS`` is 1: they
-have been measured on one GPU, and compared with their references one by one, but not yet as a whole.
+where ``VLLM_PLUGINS`` names ``zoact``, as the endpoint plug-in needs it too; ``ZOACT_GPU_KERNELS=0`` keeps them shut.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ VARIABLE = "ZOACT_GPU_KERNELS"
 
 
 def platform() -> str | None:
-    """The platform's class by name, or None where it is not asked for or there is no CUDA device."""
+    """The platform's class by name, or None where it is not wanted or there is no CUDA device."""
     from vllm.platforms import cuda_platform_plugin
 
     found = wanted() and cuda_platform_plugin() is not None
@@ -30,6 +29,6 @@ def register() -> None:
 
 
 def wanted() -> bool:
-    """Whether the environment asks for the kernels."""
+    """Whether the environment has the extension's kernels run."""
     named = "zoact" in os.environ.get("VLLM_PLUGINS", "").split(",")
-    return named and os.environ.get(VARIABLE) == "1"
+    return named and os.environ.get(VARIABLE, "1") == "1"

@@ -24,15 +24,15 @@ NAME = "server_ext.gpu.cuda_platform.ZoActCudaPlatform"
         (None, True, None),
     ],
 )
-def test_platform_is_asked_for_by_name(
+def test_platform_comes_with_the_plug_in_unless_the_kernels_are_turned_off(
     monkeypatch: pytest.MonkeyPatch, plugins: str | None, cuda: bool, expected: str | None
 ) -> None:
     monkeypatch.setattr(platforms, "cuda_platform_plugin", lambda: "vllm.platforms.cuda.CudaPlatform" if cuda else None)
-    monkeypatch.setenv(VARIABLE, "1")
+    monkeypatch.delenv(VARIABLE, raising=False)
     if plugins is None:
         monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     else:
         monkeypatch.setenv("VLLM_PLUGINS", plugins)
     assert platform() == expected
-    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv(VARIABLE, "0")
     assert platform() is None

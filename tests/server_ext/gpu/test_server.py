@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from server_ext.gpu.platform import VARIABLE
 from tests.server_ext.support import Lora, Reference, layout_of
 from tests.support import ROWS, Server, trained_adapter
 from zoact_remote import Client, Probe
@@ -36,7 +35,7 @@ def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> 
         flags.append("--enforce-eager")
     if request.param == "chunks":
         flags += ["--max-num-batched-tokens", "48", "--max-num-seqs", "8"]
-    environment = {VARIABLE: "1", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    environment = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     server = Server(tiny_model, "vllm", tmp_path, environment=environment, flags=flags).start()
     yield server
     server.kill()
