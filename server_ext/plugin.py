@@ -152,6 +152,15 @@ def check_settings(config: Any, args: Namespace, share: float) -> None:
             f"ZO-Act reads losses from log-probabilities, and {config.model_config.logprobs_mode} are others: start "
             "vLLM with --logprobs-mode raw_logprobs, or without that flag"
         )
+    if config.speculative_config is not None:
+        raise ValueError(
+            "ZO-Act reads losses from log-probabilities of given tokens, which vLLM leaves out of batches with drafts: "
+            "start vLLM without --speculative-config"
+        )
+    if config.cache_config.kv_sharing_fast_prefill:
+        raise ValueError(
+            "ZO-Act reads losses from all of a prompt's hidden states: start vLLM without --kv-sharing-fast-prefill"
+        )
     if parallel.pipeline_parallel_size > 1:
         raise ValueError("ZO-Act needs all layers in every worker: start vLLM without --pipeline-parallel-size")
     if parallel.data_parallel_size > 1:

@@ -98,10 +98,18 @@ _library = Library("zoact", "FRAGMENT")  # type: ignore[no-untyped-call]
 direct_register_custom_op("silu_and_mul", silu_and_mul, fake_impl=_silu_and_mul_fake, target_lib=_library)
 
 
+PLAIN = {"gate_up_proj", "act_fn", "down_proj", "maybe_fused_act_quant"}
+"""All that a block names in its ``forward`` if nothing comes between ``gate_up_proj`` and ``act_fn``."""
+
+
 def pairs(model: torch.nn.Module, layers: dict[str, Any]) -> Iterable[tuple[Any, torch.nn.Module]]:
-    """LoRA layers named ``gate_up_proj`` with the ``act_fn`` beside them, as Llama-like models have them."""
+    """LoRA layers named ``gate_up_proj`` with the ``act_fn`` that reads their output next, as Llama has them.
+
+    Falcon-H1 scales the gate in between, and would not scale a term that comes later.
+    """
     modules = dict(model.named_modules())
     for name, layer in layers.items():
         parent, _, last = name.rpartition(".")
-        if last == "gate_up_proj" and f"{parent}.act_fn" in modules:
-            yield layer, modules[f"{parent}.act_fn"]
+        act = modules.get(f"{parent}.act_fn")
+        if last == "gate_up_proj" and act is not None and set(modules[parent].forward.__code__.co_names) <= PLAIN:
+            yield layer, act

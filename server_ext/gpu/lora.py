@@ -17,6 +17,8 @@ groups in B; a LoRA of vLLM's own (rank -1) has an A for every slice.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -214,6 +216,15 @@ def _activate(
     tl.store(h + token[:, None] * width + n[None, :], value.to(h.dtype.element_ty), mask=mask)
 
 
+@cache
+def _stages(device: torch.device) -> int:
+    """Steps that ``shrink`` loads ahead. Four take 160 KB of shared memory at most, and many GPUs have but 99."""
+    if device.type == "cpu":  # Triton's interpreter, where it makes no difference
+        return 4
+    properties: Any = torch.cuda.get_device_properties(device)
+    return 4 if properties.shared_memory_per_block_optin >= 160 << 10 else 3
+
+
 def shrink(
     x: torch.Tensor, lora_a: Sequence[torch.Tensor], tiles: torch.Tensor, order: torch.Tensor, ranks: torch.Tensor
 ) -> torch.Tensor:
@@ -227,7 +238,7 @@ def shrink(
         ranks: int32 ``[slots]``, see ``SlotWriter``.
 
     """
-    assert x.is_contiguous()
+    x = x.contiguous()
     tokens, width = x.shape
     slots, _, rank, _ = lora_a[0].shape
     count = most_tiles(tokens, slots)
@@ -240,7 +251,7 @@ def shrink(
     _shrink[(count, parts, len(lora_a))](
         x, a0, a1, a2, reduced, tiles, order, ranks, width, tokens,
         RANK=rank, COLUMNS=max(rank, 16), HALF=max(rank // 2, 16), SLICES=len(lora_a), PARTS=parts, BLOCK=block,
-        EVEN=width % (block * parts) == 0, TILE=TILE, num_warps=4, num_stages=4,
+        EVEN=width % (block * parts) == 0, TILE=TILE, num_warps=4, num_stages=_stages(x.device),
     )  # fmt: skip
     return reduced
 
@@ -276,12 +287,12 @@ def activate(
     order: torch.Tensor,
     ranks: torch.Tensor,
 ) -> None:
-    """Writes silu(gate) * up of ``y + B (A x)`` into ``h``, ``[tokens, width]``; ``y`` is gate and up side by side."""
+    """Writes silu(gate) * up of ``y + B (A x)`` into ``h``, ``[..., width]``; ``y`` is gate and up side by side."""
     assert y.is_contiguous()
     parts, _, tokens, rank = reduced.shape
     block = 64
-    grid = (most_tiles(tokens, lora_b[0].shape[0]), triton.cdiv(h.shape[1], block))
+    grid = (most_tiles(tokens, lora_b[0].shape[0]), triton.cdiv(h.shape[-1], block))
     _activate[grid](
-        y, h, reduced, *lora_b, tiles, order, ranks, tokens, h.shape[1],
+        y, h, reduced, *lora_b, tiles, order, ranks, tokens, h.shape[-1],
         RANK=rank, COLUMNS=max(rank, 16), PARTS=parts, BLOCK=block, TILE=TILE, num_warps=4,
     )  # fmt: skip

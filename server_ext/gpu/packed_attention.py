@@ -40,7 +40,10 @@ def block_of(runner: Any) -> int | None:
         and spec.sliding_window is None
         and spec.attention_chunk_size is None
         and runner.model_config.rswa_window is None
+        and not runner.model_config.is_mm_prefix_lm
         and all(group.backend.get_name() == "FLASH_ATTN" for group in runner.attn_groups[0])
+        # Where a kernel's blocks are parts of the cache's, block tables list these or those, by vLLM's version.
+        and runner.kernel_block_sizes[0] == spec.block_size
     )
     plain_batches = (
         type(runner.model_state) is DefaultModelState
@@ -51,7 +54,7 @@ def block_of(runner: Any) -> int | None:
         and not (runner.use_dcp or runner.use_pp or parallel.use_ubatching)
         and runner.compilation_config.cudagraph_mode.mixed_mode() != CUDAGraphMode.FULL
     )
-    return int(runner.kernel_block_sizes[0]) if plain_attention and plain_batches else None
+    return int(spec.block_size) if plain_attention and plain_batches else None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,13 @@ def split_rows(runner: Any, rows_of: Callable[[str], Rows | None]) -> None:
         if not any(held is not None and len(held.begins) > 1 for held in rows):
             return stock(batch, mode, tables, slots, *rest, **options)
         split, split_table = _split(batch, rows, tables[0])
+        if mode == CUDAGraphMode.FULL:
+            # A graph of a whole batch has one token a request, so requests are parts, and it reads lengths and blocks
+            # from where they lay when it was captured. Sampling wants the requests' lengths, as they were.
+            lengths, batch.seq_lens = batch.seq_lens, batch.seq_lens.clone()
+            lengths[: split.num_reqs] = split.seq_lens
+            tables[0][: split.num_reqs] = split_table
+            return stock(replace(batch, seq_lens=lengths), mode, tables, slots, *rest, **options)
         # FlashAttention 3 can plan a batch ahead, but the plan goes to a buffer with room for max_num_seqs sequences.
         planning = [builder.aot_schedule for builder in builders]
         try:

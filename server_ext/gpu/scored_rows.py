@@ -192,7 +192,9 @@ class ScoredRows:
         self._open[open_[1]] = sums[open_[0]]
         row, end, candidate, answering, answer = answers
         self._answers[answering, answer] = sums[row] + scores[inner + end, candidate]
-        logprobs[place_of, 1:] = self._answers[ended, : logprobs.shape[1] - 1]
+        # Another request may ask for more log-probabilities than any has answers.
+        columns = self._answers[ended, : logprobs.shape[1] - 1]
+        logprobs[place_of, 1 : 1 + columns.shape[1]] = columns
 
 
 class Part(NamedTuple):

@@ -153,10 +153,11 @@ def find_places(modules: Mapping[str, Any], parts: Callable[[str], Sequence[str]
         for site, lora_b, shard in zip(parts(name), module.lora_b_stacked, shards, strict=True):
             rows, columns = lora_b.shape[2], module.lora_a_stacked[0].shape[3]
             split_inputs = columns < module.base_layer.input_size
+            whole = split_inputs or rows == module.base_layer.output_size
             places[site] = Place(
                 module.lora_a_stacked[0],
                 lora_b,
-                first_row=0 if split_inputs else shard * rows,
+                first_row=0 if whole else shard * rows,
                 first_column=module.tp_rank * columns if split_inputs else 0,
             )
     return places

@@ -50,6 +50,8 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
         "enforce_eager": True,
         "pipeline_parallel_size": 1,
         "logprobs_mode": "raw_logprobs",
+        "speculative_config": None,
+        "kv_sharing_fast_prefill": False,
         "policy": "priority",
         "share": 0.5,
     }
@@ -65,6 +67,8 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
         device_config=Namespace(device_type=given.device_type),
         model_config=Namespace(enforce_eager=given.enforce_eager, logprobs_mode=given.logprobs_mode),
         scheduler_config=Namespace(policy=given.policy),
+        speculative_config=given.speculative_config,
+        cache_config=Namespace(kv_sharing_fast_prefill=given.kv_sharing_fast_prefill),
     )
     return config, Namespace(api_server_count=given.api_server_count), given.share
 
@@ -96,6 +100,8 @@ def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
         ({"lora_config": loras(max_lora_rank=1, lora_dtype=torch.bfloat16)}, "--max-lora-rank 16"),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"logprobs_mode": "processed_logits"}, "--logprobs-mode raw_logprobs"),
+        ({"speculative_config": Namespace(method="ngram")}, "--speculative-config"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"api_server_count": 2}, "--api-server-count 1"),
         ({"enforce_eager": False}, "--enforce-eager"),

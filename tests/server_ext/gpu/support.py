@@ -39,7 +39,7 @@ def layer(
     module = SimpleNamespace(
         lora_a_stacked=tuple(torch.full((slots, 1, rank, columns), 7.0, dtype=DTYPE, device=DEVICE) for _ in rows),
         lora_b_stacked=tuple(torch.full((slots, 1, r, rank), 7.0, dtype=DTYPE, device=DEVICE) for r in rows),
-        base_layer=SimpleNamespace(input_size=inputs),
+        base_layer=SimpleNamespace(input_size=inputs, output_size=sum(outputs)),
         tp_rank=shard,
     )
     if len(outputs) > 1:

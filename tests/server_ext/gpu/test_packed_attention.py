@@ -15,9 +15,11 @@ pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
 from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from server_ext.gpu.packed_attention import split_rows
+from server_ext.gpu.packed_attention import block_of, split_rows
 from server_ext.gpu.scored_rows import Rows
 from server_ext.packing import Packing
 from server_ext.rows import Context
@@ -38,6 +40,58 @@ class State:
         self.builders = [SimpleNamespace(aot_schedule=True)]
 
 
+def _runner(**changes: Any) -> SimpleNamespace:
+    """What of a runner says whether requests can be split, with some of it changed."""
+    state = object.__new__(DefaultModelState)
+    state.rope_state = None
+    wanted: dict[str, Any] = {
+        "backend": "FLASH_ATTN",
+        "kernel_block_sizes": [16],
+        "sliding_window": None,
+        "is_mm_prefix_lm": False,
+        "speculator": None,
+        "cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE,
+    }
+    assert set(changes) <= set(wanted)
+    given = SimpleNamespace(**(wanted | changes))
+    spec = FullAttentionSpec(
+        block_size=16, num_kv_heads=1, head_size=8, dtype=torch.float16, sliding_window=given.sliding_window
+    )
+    group = SimpleNamespace(backend=SimpleNamespace(get_name=lambda: given.backend))
+    return SimpleNamespace(
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)]),
+        attn_groups=[[group]],
+        kernel_block_sizes=given.kernel_block_sizes,
+        parallel_config=SimpleNamespace(use_ubatching=False),
+        model_config=SimpleNamespace(rswa_window=None, is_mm_prefix_lm=given.is_mm_prefix_lm),
+        compilation_config=SimpleNamespace(cudagraph_mode=given.cudagraph_mode),
+        model_state=state,
+        speculator=given.speculator,
+        pcp_manager=None,
+        use_dcp=False,
+        use_pp=False,
+    )
+
+
+def test_requests_are_split_where_all_attention_is_plain() -> None:
+    assert block_of(_runner()) == 16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backend": "FLASHINFER"},
+        {"kernel_block_sizes": [8]},
+        {"sliding_window": 64},
+        {"is_mm_prefix_lm": True},
+        {"speculator": "eagle"},
+        {"cudagraph_mode": CUDAGraphMode.FULL},
+    ],
+)
+def test_requests_stay_whole_elsewhere(change: dict[str, Any]) -> None:
+    assert block_of(_runner(**change)) is None
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> list[tuple[list[Context] | None, int, int, int]]:
     """Requests: their contexts, None for one that decodes or is plain, and length, first and after-last position."""
@@ -54,10 +108,13 @@ def _pack(rows: list[Context]) -> Any:
     return pack
 
 
-@given(batches(), st.integers(0, 3))
+@given(batches(), st.integers(0, 3), st.booleans())
 def test_every_token_attends_to_its_own_row(
-    requests: list[tuple[list[Context] | None, int, int, int]], padding: int
+    requests: list[tuple[list[Context] | None, int, int, int]], padding: int, graph: bool
 ) -> None:
+    if graph:
+        # Of whole batches there are graphs for one token a request alone.
+        requests = [(rows, length, first, first + 1) for rows, length, first, _ in requests]
     number = len(requests)
     lengths = np.array([length for _, length, _, _ in requests], np.int32)
     first = np.array([a for _, _, a, _ in requests], np.int32)
@@ -70,7 +127,7 @@ def test_every_token_attends_to_its_own_row(
             cache[int(tables[i, position // BLOCK]) * BLOCK + position % BLOCK] = 1000 * i + position
     held = {str(i): Rows(_pack(rows).rows, BLOCK) for i, (rows, *_) in enumerate(requests) if rows}
     batch = _batch(first, after, padding)
-    before = batch.positions.clone()
+    before, lengths_read = batch.positions.clone(), batch.seq_lens
 
     state = State()
     runner = SimpleNamespace(
@@ -78,7 +135,8 @@ def test_every_token_attends_to_its_own_row(
         attn_groups=[[SimpleNamespace(get_metadata_builder=lambda _, builder=b: builder) for b in state.builders]],
     )
     split_rows(runner, held.get)
-    answer: Any = state.prepare_attn(batch, CUDAGraphMode.NONE, (tables,), "slots")
+    mode = CUDAGraphMode.FULL if graph else CUDAGraphMode.NONE
+    answer: Any = state.prepare_attn(batch, mode, (tables,), "slots")
     assert answer == "metadata"
     assert state.builders[0].aot_schedule
     seen, (table,), _ = state.seen
@@ -87,7 +145,11 @@ def test_every_token_attends_to_its_own_row(
         assert state.planned == [True]
         assert torch.equal(batch.positions, before)
         return
-    assert state.planned == [False]
+    assert state.planned == [graph]
+    assert batch.seq_lens.tolist() == after.tolist()
+    if graph:
+        assert seen.seq_lens is lengths_read
+        assert table is tables
 
     # Where every token is in its row, and what its row is, from the contexts alone.
     expected: list[tuple[int, list[int]]] = []
@@ -147,7 +209,7 @@ def _batch(first: Any, after: Any, padding: int) -> InputBatch:
     batch.req_ids, batch.num_scheduled_tokens = [str(i) for i in range(number)], counts
     batch.num_computed_tokens_np = first
     batch.query_start_loc, batch.query_start_loc_np = torch.from_numpy(starts), starts
-    batch.seq_lens = torch.from_numpy(after)
+    batch.seq_lens = torch.from_numpy(after.copy())
     batch.seq_lens_cpu_upper_bound = torch.from_numpy(after)
     batch.is_prefilling_np = np.ones(number, bool)
     positions = np.concatenate([np.arange(a, b) for a, b in zip(first, after, strict=True)])

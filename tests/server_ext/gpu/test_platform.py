@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm")
 
 from vllm import platforms
+from vllm.config import VllmConfig
+from vllm.platforms.interface import Platform
 
 from server_ext.gpu.platform import VARIABLE, platform
 
@@ -36,3 +43,14 @@ def test_platform_comes_with_the_plug_in_unless_the_kernels_are_turned_off(
     assert platform() == expected
     monkeypatch.setenv(VARIABLE, "0")
     assert platform() is None
+
+
+def test_models_that_were_compiled_without_the_kernels_are_not_taken_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    # vLLM's CPU build cannot import its platform for CUDA.
+    monkeypatch.setitem(sys.modules, "vllm.platforms.cuda", SimpleNamespace(CudaPlatform=Platform))
+    ours = runpy.run_module("server_ext.gpu.cuda_platform")["ZoActCudaPlatform"]
+    config: Any = VllmConfig(additional_config={"theirs": 1})
+    before = config.compute_hash()
+    ours.check_and_update_config(config)
+    assert config.additional_config["theirs"] == 1
+    assert config.compute_hash() != before

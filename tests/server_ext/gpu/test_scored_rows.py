@@ -13,6 +13,8 @@ import torch
 pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
+from vllm.sampling_params import MAX_LOGPROB_TOKEN_IDS
+
 from server_ext.gpu import scored_rows
 from server_ext.gpu.scored_rows import ScoredRows
 from server_ext.packing import SCORED_ROWS, Pack, Packing
@@ -52,6 +54,7 @@ class Runner:
 
     def __init__(self) -> None:
         self.packs = _packs()
+        self.columns = ANSWERS
         self.tokens = torch.zeros(self.max_num_reqs, 60, dtype=torch.int32)
         self.logits = torch.randn(self.max_num_reqs, 60, VOCABULARY)
         lengths = np.full(self.max_num_reqs, 12, np.int32)
@@ -68,8 +71,8 @@ class Runner:
         return int(self.req_states.prompt_len.np[INDEXES[name]])
 
     def sample(self, hidden: torch.Tensor, batch: Any, *_: Any) -> tuple[Any, None, None]:
-        rows = len(batch.idx_mapping_np)
-        return SimpleNamespace(logprobs_tensors=SimpleNamespace(logprobs=torch.zeros(rows, 1 + ANSWERS))), None, None
+        logprobs = torch.zeros(len(batch.idx_mapping_np), 1 + self.columns)
+        return SimpleNamespace(logprobs_tensors=SimpleNamespace(logprobs=logprobs)), None, None
 
     def answers(self, parts: dict[str, tuple[int, int]]) -> dict[str, list[float]]:
         """What comes back for each request of a batch with these of its tokens, from first to after last."""
@@ -126,6 +129,11 @@ def test_answers_are_rows_sums_with_their_candidates(runner: Runner) -> None:
     found = runner.answers({"one": (0, 7), "plain": (0, 12), "packed": (0, runner.length("packed"))})
     _check(runner, found, "one", "packed")
     assert found["plain"] == [0.0] * ANSWERS
+
+
+def test_others_may_ask_for_more_than_there_are_answers(runner: Runner) -> None:
+    runner.columns = 2 * MAX_LOGPROB_TOKEN_IDS
+    _check(runner, runner.answers({"plain": (0, 12), "packed": (0, runner.length("packed"))}), "packed")
 
 
 @pytest.mark.parametrize("cuts", [(cut,) for cut in range(1, 24)] + [(3, 4, 5), (9, 13, 17, 22), (14, 16)])

@@ -100,6 +100,15 @@ def test_tensor_parallel_ranks_hold_their_shares() -> None:
         _check(modules, state, flat, "rademacher", 5, 2.0**-7, slot=0, shards=2, shard=shard)
 
 
+def test_every_tensor_parallel_rank_holds_all_of_a_replicated_layer() -> None:
+    layout = Layout(SITES[3:], 3)
+    state, flat = _state(layout, "rademacher"), _flat(layout)
+    modules = {"down": layer((640,), 72, SLOTS, SLOT_RANK, shard=1)}
+    ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+    SlotWriter(modules, PARTS.__getitem__, ranks).write(0, state, flat, 5, 2.0**-7)
+    _check(modules, state, flat, "rademacher", 5, 2.0**-7, slot=0)
+
+
 def test_an_adapter_of_fewer_sites_clears_the_others() -> None:
     modules = _modules()
     every, few = (_state(Layout(sites, 4), "rademacher") for sites in (SITES, SITES[:1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -53,7 +54,8 @@ def test_a_term_left_to_the_activation_is_the_term(
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
     wrapper.lora_linear(left, x, lora_a, lora_b, *batch, ranks, counts)
     assert torch.equal(left, y)
-    h = activation.silu_and_mul(left)
+    # The Transformers backend's batches have one dimension more.
+    h = activation.silu_and_mul(left[None])[0]
     expected = torch.nn.functional.silu(gate) * up
     assert (h.double() - expected).norm() < 1e-3 * expected.norm()
     assert deferred.give_out(left) is None
@@ -80,3 +82,39 @@ def test_a_term_that_nobody_takes_up_is_an_error(deferred: activation.Deferred) 
     assert deferred.take_in(y, y, lora_b, y, y, y, tokens=1)
     with pytest.raises(RuntimeError, match="did not follow"):
         deferred.give_out(torch.ones(1, 2 * WIDTH, device=DEVICE))
+
+
+class Block(torch.nn.Module):
+    """A Llama's, as vLLM writes it."""
+
+    gate_up_proj: Any
+    down_proj: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = torch.nn.Identity()
+
+    def forward(self, x: Any) -> Any:
+        x, _ = self.gate_up_proj(x)
+        x = self.act_fn(x)
+        x, _ = self.down_proj(x)
+        return x
+
+
+class ScaledBlock(Block):
+    """A Falcon-H1's."""
+
+    gate_multiplier: Any
+
+    def forward(self, x: Any) -> Any:
+        x, _ = self.gate_up_proj(x)
+        x[:, :WIDTH] *= self.gate_multiplier
+        x = self.act_fn(x)
+        x, _ = self.down_proj(x)
+        return x
+
+
+def test_a_term_waits_only_where_the_activation_comes_next() -> None:
+    model = torch.nn.ModuleDict({"plain": Block(), "scaled": ScaledBlock()})
+    layers = {f"{block}.{name}": f"{block}.{name}" for block in model for name in ("gate_up_proj", "down_proj")}
+    assert list(activation.pairs(model, layers)) == [("plain.gate_up_proj", model["plain"].act_fn)]
