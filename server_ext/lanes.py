@@ -2,8 +2,9 @@
 
 vLLM's scheduler fills every step from those who wait, by priority. So a foreground request that comes waits for the
 step under way, and shares the next one with whatever of training the scheduler has been given. Priority alone therefore
-does not keep that short: as long as there is foreground, no more than a cap of training's tokens is handed over at
-once, which is then the most that any step holds of it.
+does not keep that short: as long as there is foreground, a step holds no more than a cap of training's tokens, which
+the scheduler sees to (``server_ext.scheduler``). What it can take from is no more than a few steps' worth, so that
+slots and the key-value cache are the foreground's.
 
 Nor does priority alone keep training going: where foreground takes every slot or every token, what goes behind it would
 wait for ever. So when nothing of training has ended for a while, the oldest request goes on in the foreground's lane.
@@ -12,21 +13,39 @@ wait for ever. So when nothing of training has ended for a while, the oldest req
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from server_ext.together import end
+from zoact_remote.extension import DEFAULT_SHARE, SHARE_VARIABLE
 
 T = TypeVar("T")
 
 FOREGROUND, BACKGROUND = 0, 1
 """Priorities of vLLM's: the lower goes first."""
+PREFIX = "zoact-"
+"""Of the names that training's requests have in vLLM."""
+AHEAD = 4
+"""Caps of training that may be under way: those of the steps that vLLM is at, and of those that it makes up next."""
 QUIET_S = 30.0
 """After the last foreground request, before training has the machine to itself again."""
 PATIENCE_S = 5.0
+
+
+def training_share(environment: Mapping[str, str]) -> float:
+    """The share of a step that the environment leaves to training. Raises ValueError if it is none."""
+    text = environment.get(SHARE_VARIABLE)
+    try:
+        share = DEFAULT_SHARE if text is None else float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise ValueError(f"{SHARE_VARIABLE} must be above 0 and at most 1, not {text!r}")
+    return share
 
 
 @dataclass(eq=False)
@@ -52,8 +71,8 @@ class Lanes:
     """Who is on the way into one engine. Used on one event loop.
 
     Args:
-        cap: tokens of training that may be under way while there is foreground; a request that has more passes alone.
-            None makes no difference between the two lanes.
+        cap: tokens of training that a step may hold while there is foreground, and a quarter of what may be under way;
+            a request that has more passes alone. None makes no difference between the two lanes.
         quiet_s: seconds after the last foreground request during which the cap still holds.
         patience_s: seconds in which nothing of training ends, before one request is moved to the foreground's lane.
 
@@ -132,7 +151,7 @@ class Lanes:
     def _fits(self, turn: Turn) -> bool:
         if self._cap is None or not self.busy or not self._under_way:
             return True
-        return turn.tokens + sum(each.tokens for each in self._under_way) <= self._cap
+        return turn.tokens + sum(each.tokens for each in self._under_way) <= AHEAD * self._cap
 
     def _calm(self) -> None:
         self._calming = None

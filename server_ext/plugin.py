@@ -3,7 +3,7 @@
 vLLM loads it when ``VLLM_PLUGINS`` names ``zoact``, and needs besides::
 
     --enable-lora --worker-extension-cls server_ext.extension.ZoActWorker --lora-target-modules q_proj ...
-    --max-loras 8 --scheduling-policy priority
+    --max-loras 8 --scheduling-policy priority --scheduler-cls server_ext.scheduler.sharing_scheduler
 
 ``zoact serve`` sets all of this, and ``check_settings`` checks it. The environment may set ``ZOACT_STATE``, the
 directory of the journal, ``ZOACT_TRAINING_SHARE``, the most of a step's tokens that training takes while there is other
@@ -14,11 +14,9 @@ there are keys, vLLM's own routes ask for one (``server_ext.openai_routes``).
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import threading
 from argparse import Namespace
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +26,15 @@ from fastapi import FastAPI
 
 from server_ext import openai_routes
 from server_ext.gate import Gate
+from server_ext.lanes import training_share
 from server_ext.metrics import Metrics
 from server_ext.routes import health, router
 from server_ext.service import Service
 from server_ext.tenants import open_tenants
 from zoact_remote.extension import (
-    DEFAULT_SHARE,
     DEFAULT_STATE,
     PLUGIN,
+    SCHEDULER,
     SHARE_VARIABLE,
     STATE_VARIABLE,
     WORKER_EXTENSION,
@@ -101,25 +100,13 @@ def drain_first(engine_client: Any, gate: Gate) -> None:
     engine_client.shutdown = shutdown
 
 
-def training_share(environment: Mapping[str, str]) -> float:
-    """The share of a step that the environment leaves to training. Raises ValueError if it is none."""
-    text = environment.get(SHARE_VARIABLE)
-    try:
-        share = DEFAULT_SHARE if text is None else float(text)
-    except ValueError:
-        share = math.nan
-    if not 0 < share <= 1:
-        raise ValueError(f"{SHARE_VARIABLE} must be above 0 and at most 1, not {text!r}")
-    return share
-
-
 def check_settings(config: Any, args: Namespace, share: float) -> None:
     """Checks what vLLM was started with.
 
     Args:
         config: its ``VllmConfig``.
         args: the API server's arguments.
-        share: of a step's tokens that training may take, see :func:`training_share`.
+        share: of a step's tokens that training may take, see :func:`server_ext.lanes.training_share`.
 
     Raises:
         ValueError: the extension cannot work with a setting; the message names the flag that mends it.
@@ -171,6 +158,11 @@ def check_settings(config: Any, args: Namespace, share: float) -> None:
         raise ValueError(
             "ZO-Act's training goes behind other requests by their priorities: start vLLM with --scheduling-policy "
             f"priority, or set {SHARE_VARIABLE}=1 to treat all alike"
+        )
+    if share < 1 and config.scheduler_config.scheduler_cls != SCHEDULER:
+        raise ValueError(
+            f"ZO-Act's training takes a share of every step: start vLLM with --scheduler-cls {SCHEDULER}, or set "
+            f"{SHARE_VARIABLE}=1 to treat all alike"
         )
     if config.device_config.device_type == "cpu" and not config.model_config.enforce_eager:
         raise ValueError(

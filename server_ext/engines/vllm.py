@@ -26,7 +26,7 @@ from server_ext.basis import Basis
 from server_ext.checkpoint import checkpoint_digest
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.key_limit import KeyLimit
-from server_ext.lanes import Lanes, Turn
+from server_ext.lanes import PREFIX, Lanes, Turn
 from server_ext.packing import SCORED_ROWS, Pack, Packing
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
@@ -240,7 +240,7 @@ class VllmEngine:
             prompt["cache_salt"] = salt
 
         async def ask(turn: Turn) -> RequestOutput:
-            name = f"zoact-{next(self._next_request)}"
+            name = f"{PREFIX}{next(self._next_request)}"
             outputs = self._generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
             async for output in outputs:
                 turn.begun, last = True, output

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server_ext.lanes import BACKGROUND, FOREGROUND, Lanes, Turn
+from server_ext.lanes import AHEAD, BACKGROUND, FOREGROUND, Lanes, Turn
 
 QUIET_S, PATIENCE_S = 10.0, 5.0
 TOKENS = st.integers(1, 12)
@@ -84,7 +84,7 @@ class Road:
     def _check_cap(self, request: Request) -> None:
         others = self.those_under_way()
         if self.lanes.busy and others and self.cap is not None:
-            assert sum(other.tokens for other in others) + request.tokens <= self.cap
+            assert sum(other.tokens for other in others) + request.tokens <= AHEAD * self.cap
 
     async def serve(self) -> None:
         stack = ExitStack()
@@ -231,7 +231,7 @@ def test_nobody_is_hurried_who_has_begun_or_is_alone() -> None:
 
 def test_the_cap_holds_for_a_while_after_the_last_request() -> None:
     async def go(road: Road) -> None:
-        first = await road.submit(1)
+        first = await road.submit(AHEAD)
         await road.serve()
         second = await road.submit(1)
         await road.leave()

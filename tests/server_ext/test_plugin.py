@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from server_ext.plugin import ZoActPlugin, check_settings, training_share
-from zoact_remote.extension import DEFAULT_SHARE, PLUGIN, SHARE_VARIABLE, WORKER_EXTENSION
+from server_ext.lanes import training_share
+from server_ext.plugin import ZoActPlugin, check_settings
+from zoact_remote.extension import DEFAULT_SHARE, PLUGIN, SCHEDULER, SHARE_VARIABLE, WORKER_EXTENSION
 
 FLAGS: dict[str, list[str]] = {
     "--enable-lora": [],
@@ -25,6 +26,7 @@ FLAGS: dict[str, list[str]] = {
     "--dtype": ["float32"],
     "--enforce-eager": [],
     "--scheduling-policy": ["priority"],
+    "--scheduler-cls": [SCHEDULER],
 }
 """What a user's own command line needs beside the model."""
 
@@ -53,6 +55,7 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
         "speculative_config": None,
         "kv_sharing_fast_prefill": False,
         "policy": "priority",
+        "scheduler_cls": SCHEDULER,
         "share": 0.5,
     }
     assert set(changes) <= set(wanted)
@@ -66,7 +69,7 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
         ),
         device_config=Namespace(device_type=given.device_type),
         model_config=Namespace(enforce_eager=given.enforce_eager, logprobs_mode=given.logprobs_mode),
-        scheduler_config=Namespace(policy=given.policy),
+        scheduler_config=Namespace(policy=given.policy, scheduler_cls=given.scheduler_cls),
         speculative_config=given.speculative_config,
         cache_config=Namespace(kv_sharing_fast_prefill=given.kv_sharing_fast_prefill),
     )
@@ -81,7 +84,7 @@ def settings(**changes: Any) -> tuple[Namespace, Namespace, float]:
         {"api_server_count": None},
         {"lora_config": loras(max_lora_rank=1)},
         {"share": 1.0},
-        {"share": 1.0, "policy": "fcfs"},
+        {"share": 1.0, "policy": "fcfs", "scheduler_cls": None},
     ],
 )
 def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
@@ -105,6 +108,7 @@ def test_settings_that_work_pass(changes: dict[str, Any]) -> None:
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"api_server_count": 2}, "--api-server-count 1"),
         ({"enforce_eager": False}, "--enforce-eager"),
+        ({"scheduler_cls": None}, f"--scheduler-cls {SCHEDULER}, or set {SHARE_VARIABLE}=1"),
         ({"policy": "fcfs"}, f"--scheduling-policy priority, or set {SHARE_VARIABLE}=1"),
     ],
 )
@@ -131,6 +135,7 @@ def test_a_wrong_setting_is_refused_with_its_flag(changes: dict[str, Any], flag:
         ({"--data-parallel-size": ["2"]}, "--data-parallel-size"),
         ({"--pipeline-parallel-size": ["2"]}, "--pipeline-parallel-size"),
         ({"--scheduling-policy": None}, "--scheduling-policy priority"),
+        ({"--scheduler-cls": None}, f"--scheduler-cls {SCHEDULER}"),
     ],
 )
 def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: str | None, tiny_model: Path) -> None:

@@ -95,8 +95,36 @@ def test_an_adapter_is_served_while_probes_write(vllm_server: Server, vllm_clien
     assert answers > PROBES
 
 
+def test_no_step_holds_more_of_training_than_its_share(vllm_server: Server, vllm_client: Client) -> None:
+    adapter = trained_adapter(vllm_client)
+    rows = [{"prompt": [0, *range(40, 80), i], "completion": [60]} for i in range(40)]
+    with ThreadPoolExecutor(1) as pool:
+        served = pool.submit(complete, vllm_server, adapter.name, [0, 41], max_tokens=LONG, ignore_eos=True)
+        while not running(vllm_server):
+            time.sleep(0.01)
+        before = steps(vllm_server)
+        seed = 0
+        while not served.done():
+            adapter.losses(rows, [Probe(seed, 0.1)])
+            seed += 1
+        after = steps(vllm_server)
+    # A sixteenth of a step is 256 tokens; there is more than that to do at any time, and more than 512 under way.
+    assert seed > 1
+    assert after["512.0"] - after["128.0"] > before["512.0"] - before["128.0"]
+    assert after["+Inf"] - after["512.0"] == before["+Inf"] - before["512.0"]
+
+
+def steps(server: Server) -> dict[str, float]:
+    """How many steps vLLM has made, by the most tokens that they held."""
+    return {bound: float(n) for bound, n in metric(server, r"iteration_tokens_total_bucket{.*le=\"(\S+?)\".*}")}
+
+
 def running(server: Server) -> bool:
     """Whether vLLM works at anything."""
+    return any(float(value) > 0 for (value,) in metric(server, "num_requests_running{.*}"))
+
+
+def metric(server: Server, pattern: str) -> list[tuple[str, ...]]:
+    """What stands in a pattern's groups, and the value, of all of vLLM's metrics that it fits."""
     text = requests.get(f"{server.url}/metrics", timeout=CALL_TIMEOUT_S).text
-    (value,) = re.findall(r"^vllm:num_requests_running{.*} (\S+)$", text, re.MULTILINE)
-    return float(value) > 0
+    return [match.groups() for match in re.finditer(rf"^vllm:{pattern} (\S+)$", text, re.MULTILINE)]

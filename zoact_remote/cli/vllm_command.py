@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zoact_remote import toml
 from zoact_remote.cli.output import CommandFailed
-from zoact_remote.extension import PLUGIN, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
+from zoact_remote.extension import PLUGIN, SCHEDULER, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
@@ -103,7 +103,7 @@ def vllm_command(
         ("--shutdown-timeout", [str(SHUTDOWN_S)]),
     ]
     if training_share < 1:
-        wanted.append(("--scheduling-policy", ["priority"]))
+        wanted += [("--scheduling-policy", ["priority"]), ("--scheduler-cls", [SCHEDULER])]
     if on_cpu:
         # Compiled code would bypass the grouped LoRA kernels.
         wanted.append(("--enforce-eager", []))

@@ -48,6 +48,7 @@ def test_vllm_on_a_gpu() -> None:
     assert "lm_head" not in flags["--lora-target-modules"]
     assert "--enforce-eager" not in flags
     assert flags["--scheduling-policy"] == ["priority"]
+    assert flags["--scheduler-cls"] == ["server_ext.scheduler.sharing_scheduler"]
     assert environment == {
         "VLLM_PLUGINS": "zoact",
         "ZOACT_STATE": str(Path("state").resolve()),
@@ -75,7 +76,7 @@ def test_flags_of_the_user_win() -> None:
 
 def test_where_all_requests_are_alike_vllm_needs_no_priorities() -> None:
     flags, environment = command(training_share=1.0)
-    assert "--scheduling-policy" not in flags
+    assert not {"--scheduling-policy", "--scheduler-cls"} & set(flags)
     assert environment["ZOACT_TRAINING_SHARE"] == "1.0"
 
 

@@ -1,0 +1,102 @@
+"""vLLM's scheduler, which puts no more of training into a step than its share while there is other traffic.
+
+It comes in by vLLM's own door, ``--scheduler-cls``. Priorities alone decide who goes first, not how long a step gets:
+training fills whatever foreground leaves free, and whoever comes next waits for it. Before every step the requests of
+training that are beyond the share leave the queue, and come back to it afterwards; all else is vLLM's.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from server_ext.lanes import BACKGROUND, PREFIX, QUIET_S, training_share
+
+
+class Request(Protocol):
+    """What is read of a request of vLLM's."""
+
+    request_id: str
+    priority: int
+    num_tokens: int
+    num_computed_tokens: int
+
+
+def to_do(request: Request) -> int:
+    """Tokens of a request that are yet to be computed."""
+    return max(0, request.num_tokens - request.num_computed_tokens)
+
+
+def is_training(request: Request) -> bool:
+    """Whether a request is training's, and in its lane."""
+    return request.request_id.startswith(PREFIX) and request.priority == BACKGROUND
+
+
+def beyond_share(running: Iterable[Request], waiting: Iterable[Request], cap: int) -> list[Request]:
+    """The requests of training that are to wait for another step.
+
+    One always goes, so that training does not come to a stop.
+
+    Args:
+        running: what goes on in the next step.
+        waiting: what could join it, in order.
+        cap: tokens of training that a step may hold.
+
+    """
+    taken = sum(to_do(request) for request in running if is_training(request))
+    held: list[Request] = []
+    for request in filter(is_training, waiting):
+        if held or (taken and taken + to_do(request) > cap):
+            held.append(request)
+        else:
+            taken += to_do(request)
+    return held
+
+
+class _Sharing:
+    """Mixed into vLLM's schedulers."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        share = training_share(os.environ)
+        batch: int = self.scheduler_config.max_num_batched_tokens  # type: ignore[attr-defined]
+        self._cap = None if share == 1 else max(1, int(share * batch))
+        self._last_foreground = -QUIET_S
+
+    def schedule(self, *args: Any, **options: Any) -> Any:
+        plain: Any = super()
+        this: Any = self
+        if any(not name.startswith(PREFIX) for name in this.requests):
+            self._last_foreground = time.monotonic()
+        if self._cap is None or time.monotonic() - self._last_foreground >= QUIET_S:
+            return plain.schedule(*args, **options)
+        # vLLM 0.26 keeps those apart that an earlier step has passed over.
+        queues = [this.waiting, getattr(this, "skipped_waiting", ())]
+        held = beyond_share(this.running, sorted(itertools.chain(*queues)), self._cap)
+        for queue in filter(None, queues):
+            queue.remove_requests(held)
+        try:
+            return plain.schedule(*args, **options)
+        finally:
+            for request in held:
+                this.waiting.add_request(request)
+
+
+class _SharingScheduler(_Sharing, Scheduler):
+    """For vLLM on the CPU, which makes one step after another."""
+
+
+class _SharingAsyncScheduler(_Sharing, AsyncScheduler):
+    """For vLLM on a GPU, which schedules a step while the one before it runs."""
+
+
+def sharing_scheduler(vllm_config: Any, **options: Any) -> Scheduler:
+    """Makes the scheduler. For vLLM's ``--scheduler-cls``, whose value is only ever called."""
+    made = _SharingAsyncScheduler if vllm_config.scheduler_config.async_scheduling else _SharingScheduler
+    return made(vllm_config=vllm_config, **options)
