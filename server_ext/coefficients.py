@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 
-from server_ext.noise import Noise, close_gaps, float32
+from server_ext.noise import Noise, close_gaps, float32, has_kernels
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX, seal
 from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
@@ -39,7 +38,8 @@ def largest_step(update: Update, distribution: Distribution) -> float:
     normaliser = update.normaliser
     if normaliser is None:
         return largest * math.fsum(sizes.values())
-    floor = math.sqrt(normaliser.offset) + normaliser.epsilon
+    offset = normaliser.offset if normaliser.offset >= SMALLEST_NORMAL else 0.0
+    floor = math.sqrt(offset) + normaliser.epsilon
     weights = {seed: weight for seed, weight in normaliser.terms if weight >= SMALLEST_NORMAL}
     if normaliser.epsilon < LARGEST_INEXACT_ROOT:
         weights.clear()
@@ -74,8 +74,8 @@ class Coefficients:
         """What an update makes of them, as ``zoact_remote.replay.apply_update`` does: bit for bit for Rademacher."""
         kept = self.flat * float32(1.0 - update.decay) if update.decay else self.flat.clone()
         if update.normaliser is None:
-            return Coefficients(self.noise, self._add_terms(kept, update.terms))
-        step = self._add_terms(torch.zeros_like(kept), update.terms)
+            return Coefficients(self.noise, self.noise.add_terms(kept, update.terms))
+        step = self.noise.add_terms(torch.zeros_like(kept), update.terms)
         moment = torch.full_like(kept, update.normaliser.offset)
         for seed, scalar in update.normaliser.terms:
             moment += self.noise.draw(seed).square_().mul_(float32(scalar))
@@ -90,7 +90,15 @@ class Coefficients:
 
     def digest(self) -> str:
         """``zoact_remote.digest.coefficients_digest`` of the buffer, computed on its device."""
-        # Both wrap mod 2^64, and stay on the device to the end.
+        total, squares = self._digest_sums().tolist()
+        return seal(total, squares, self.layout)
+
+    def _digest_sums(self) -> torch.Tensor:
+        if has_kernels(self.flat.device):
+            from server_ext.gpu.updates import digest_sums
+
+            return digest_sums(self.flat)
+        # Both wrap mod 2^64.
         sums = torch.zeros(2, dtype=torch.int64, device=self.flat.device)
         for first in range(0, self.layout.size, DIGESTED_AT_ONCE):
             x = self.flat[first : first + DIGESTED_AT_ONCE].view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -100,13 +108,7 @@ class Coefficients:
             x = x ^ _shift_right(x, LAST_SHIFT)
             sums[0] += x.sum()
             sums[1] += (x * x).sum()
-        total, squares = sums.tolist()
-        return seal(total, squares, self.layout)
-
-    def _add_terms(self, flat: torch.Tensor, terms: Iterable[tuple[int, float]]) -> torch.Tensor:
-        for seed, scalar in terms:
-            flat += self.noise.draw(seed, scalar)
-        return flat
+        return sums
 
 
 def _signed(value: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -25,8 +27,12 @@ values, which take as much room as the words.
 class Noise:
     """Draws Z(seed) over a layout's flat buffer.
 
-    The counters depend on the layout alone and are made once: int64 ``[blocks, 3]``, 24 bytes for each 128 Rademacher
-    coefficients (768 for Gaussian ones).
+    The counters depend on the layout alone and are made once: 24 bytes for each 128 Rademacher coefficients (768 for
+    Gaussian ones).
+
+    Attributes:
+        counter: of every block the number in its site, its upper half, and the site's index: int64 ``[blocks]`` each.
+
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class Noise:
         blocks = [torch.arange(layout.padded(site) // lanes, device=device) for site in layout.sites]
         sites = [torch.full_like(b, s.index) for b, s in zip(blocks, layout.sites, strict=True)]
         block = torch.cat(blocks)
-        self._counter = (block & _MASK32, block >> 32, torch.cat(sites))
+        self.counter = (block & _MASK32, block >> 32, torch.cat(sites))
         # A byte of Philox output is eight signs: looking them up beats taking bits apart.
         byte = torch.arange(256, device=device).unsqueeze(1)
         self._signs_of_byte = (1.0 - 2.0 * ((byte >> torch.arange(8, device=device)) & 1)).to(torch.float32)
@@ -57,10 +63,21 @@ class Noise:
             flat = self._cache.get((self, seed), lambda: self._normals(self._words(seed))) * float32(scale)
         return close_gaps(flat, self.layout)
 
+    def add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor:
+        """Adds ``scalar Z(seed)`` of every term in place, one after another; returns ``flat``, its gaps zero."""
+        if self.distribution == "rademacher" and has_kernels(self.device):
+            from server_ext.gpu.updates import add_terms
+
+            add_terms(flat, self.counter[0], self.counter[2], terms)
+            return close_gaps(flat, self.layout)
+        for seed, scalar in terms:
+            flat += self.draw(seed, scalar)
+        return flat
+
     def _words(self, seed: int) -> torch.Tensor:
         """Philox's output: int32 ``[blocks, 4]``."""
-        stream = torch.full_like(self._counter[0], STREAMS[self.distribution])
-        return _philox(*self._counter, stream, seed).to(torch.int32)
+        stream = torch.full_like(self.counter[0], STREAMS[self.distribution])
+        return _philox(*self.counter, stream, seed).to(torch.int32)
 
     def _signs(self, words: torch.Tensor, scale: float) -> torch.Tensor:
         # Words lie in memory least significant byte first, as bits are numbered.
@@ -72,6 +89,11 @@ class Noise:
         radius = torch.sqrt(-2.0 * torch.log((mantissas[..., 0] + 1.0) * 2.0**-24))
         angle = 2.0 * math.pi * 2.0**-24 * mantissas[..., 1]
         return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], -1).reshape(-1).to(torch.float32)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether kernels of ours draw, add and digest on a device: PyTorch does it with a pass for every operation."""
+    return device.type == "cuda" and find_spec("triton") is not None
 
 
 def float32(value: float) -> float:

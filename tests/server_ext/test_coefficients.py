@@ -95,7 +95,8 @@ def test_no_coefficient_moves_further_than_the_bound(
     terms = data.draw(st.lists(st.tuples(seeds, scalars), max_size=5))
     weights = data.draw(st.lists(st.tuples(seeds, st.floats(0, 1e3)), max_size=5))
     least = data.draw(st.sampled_from([2.0**-126, 2.0**-63, 1e-8, 1.0]))
-    update = Update(0, tuple(terms), normaliser=Normaliser(tuple(weights), data.draw(st.floats(0, 1)), least))
+    offset = data.draw(st.floats(0, 1) | st.floats(0, 2.0**-120))
+    update = Update(0, tuple(terms), normaliser=Normaliser(tuple(weights), offset, least))
     with np.errstate(over="ignore"):
         moved = np.abs(apply_update(np.zeros(layout.size, np.float32), layout, distribution, update)).max()
         assert moved <= 2.0 * largest_step(update, distribution)

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 
-collect_ignore = [] if find_spec("triton") else ["test_slots.py", "test_lora.py"]
+collect_ignore = [] if find_spec("triton") else ["test_slots.py", "test_lora.py", "test_updates.py"]
 
 if not torch.cuda.is_available():
     # Triton reads it when it is imported.

@@ -1,0 +1,118 @@
+"""An update's terms added to coefficients, and their digest, each in one pass over the buffer.
+
+An update has a term for every probe of the optimizer's window: dozens, of which each is several passes in PyTorch, and
+as many launches of kernels, which on a small model take longer. Here Z is drawn in registers, as it is for slots
+(``server_ext.gpu.slots``), and terms are added one after another, so that the sums are the specification's bit for bit:
+a Rademacher value times a scalar is exact, whether or not the addition is fused with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from server_ext.gpu.noise import philox_words, signs
+from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX
+from zoact_remote.noise import LANES, STREAMS
+
+BLOCKS = 16
+"""Of Philox's, that one program works on."""
+ELEMENTS = 4096
+"""Coefficients that one program digests."""
+_GAMMA, _LAST_SHIFT = tl.constexpr(GAMMA), tl.constexpr(LAST_SHIFT)
+(_SHIFT0, _MULTIPLIER0), (_SHIFT1, _MULTIPLIER1) = (tuple(map(tl.constexpr, step)) for step in MIX)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _add_terms(
+    flat,  # float32 [blocks * 128]
+    counters,  # int64 [blocks]: number of the block in its site
+    sites,  # int64 [blocks]
+    terms,  # int32 [3, count]: halves of the seed, and the scalar's bits
+    count,
+    blocks,
+    STREAM: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mine = place < blocks
+    block = tl.load(counters + place, mask=mine, other=0).to(tl.int32)
+    site = tl.load(sites + place, mask=mine, other=0).to(tl.int32)
+    here = flat + (place.to(tl.int64) * 128)[:, None] + tl.arange(0, 32)[None, :]
+    mask = mine[:, None]
+    c0 = tl.load(here, mask=mask, other=0.0)
+    c1 = tl.load(here + 32, mask=mask, other=0.0)
+    c2 = tl.load(here + 64, mask=mask, other=0.0)
+    c3 = tl.load(here + 96, mask=mask, other=0.0)
+    for i in range(count):
+        scale = tl.load(terms + 2 * count + i).to(tl.float32, bitcast=True)
+        w0, w1, w2, w3 = philox_words(block, site, tl.load(terms + i), tl.load(terms + count + i), STREAM)
+        c0 += scale * signs(w0)
+        c1 += scale * signs(w1)
+        c2 += scale * signs(w2)
+        c3 += scale * signs(w3)
+    tl.store(here, c0, mask=mask)
+    tl.store(here + 32, c1, mask=mask)
+    tl.store(here + 64, c2, mask=mask)
+    tl.store(here + 96, c3, mask=mask)
+
+
+@triton.jit
+def _digest(
+    words,  # int32 [size]
+    sums,  # int64 [2]
+    size,
+    ELEMENTS: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
+    mask = place < size
+    x = tl.load(words + place, mask=mask, other=0).to(tl.uint32, bitcast=True).to(tl.uint64)
+    x += place.to(tl.uint64) * _GAMMA
+    x = (x ^ (x >> _SHIFT0)) * _MULTIPLIER0
+    x = (x ^ (x >> _SHIFT1)) * _MULTIPLIER1
+    x = tl.where(mask, x ^ (x >> _LAST_SHIFT), 0)
+    tl.atomic_add(sums, tl.sum(x).to(tl.int64))
+    tl.atomic_add(sums + 1, tl.sum(x * x).to(tl.int64))
+
+
+def add_terms(
+    flat: torch.Tensor, counters: torch.Tensor, sites: torch.Tensor, terms: Sequence[tuple[int, float]]
+) -> None:
+    """Adds ``scalar Z(seed)`` of every term in place, in order, gaps included.
+
+    Args:
+        flat: float32 ``[blocks * 128]``.
+        counters: of every block of 128 Rademacher values its number in its site, int64 ``[blocks]``.
+        sites: and the site's index.
+        terms: seeds and scalars; these are rounded to float32.
+
+    """
+    if not terms:
+        return
+    seeds, scalars = zip(*terms, strict=True)
+    table = np.stack(
+        [
+            (np.array(seeds, np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32),
+            (np.array(seeds, np.uint64) >> np.uint64(32)).astype(np.uint32).view(np.int32),
+            np.array(scalars, np.float64).astype(np.float32).view(np.int32),
+        ]
+    )
+    _add_terms[(triton.cdiv(len(counters), BLOCKS),)](
+        flat, counters, sites, torch.from_numpy(table).to(flat.device), len(terms), len(counters),
+        STREAM=STREAMS["rademacher"], BLOCKS=BLOCKS, num_warps=4,
+    )  # fmt: skip
+
+
+def digest_sums(flat: torch.Tensor) -> torch.Tensor:
+    """The sums that ``zoact_remote.digest`` hashes, as int64 patterns, ``[2]``."""
+    # Both wrap mod 2^64, so that programs may add to them in any order.
+    sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
+    _digest[(triton.cdiv(len(flat), ELEMENTS),)](flat.view(torch.int32), sums, len(flat), ELEMENTS=ELEMENTS)
+    return sums
+
+
+assert LANES["rademacher"] == 128
