@@ -54,6 +54,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[16])
     parser.add_argument("--cases", type=case, nargs="+", default=CASES, help="probes:sequences:tokens:read")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument(
+        "--graphs", type=int, nargs="+", default=[], help="tokens of batches to capture as CUDA graphs, beyond 512"
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels that took longest")
     parser.add_argument("--out", help="file for the figures, as JSON lines")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -106,7 +109,7 @@ def measure(options: argparse.Namespace) -> None:
         started = time.perf_counter()
         engine = Engine(
             kind, Path(directory), options.geometry, weights, rank, slots, enforce_eager=options.eager,
-            gpu_memory_utilization=0.85,
+            gpu_memory_utilization=0.85, **graphs(options.graphs),
         )  # fmt: skip
         print(f"{kind}: engine up in {time.perf_counter() - started:.0f} s", flush=True)
         cases = options.cases
@@ -119,9 +122,14 @@ def measure(options: argparse.Namespace) -> None:
             row = {
                 "device": device_name(), "vllm": vllm.__version__, "kind": kind, "geometry": options.geometry,
                 "weights": weights, "rank": rank, "sequences": sequences, "eager": options.eager, "tokens": tokens,
-                "probes": probes, "slots": slots, "read": read, "rate": rate,
+                "probes": probes, "slots": slots, "read": read, "graphs": options.graphs, "rate": rate,
             }  # fmt: skip
             write_row(options.out, row)
+
+
+def graphs(sizes: list[int]) -> dict[str, Any]:
+    """What has vLLM capture larger batches than it does by itself: a small model's take longer to launch than to run."""
+    return {"compilation_config": {"cudagraph_capture_sizes": [*range(32, 513, 32), *sizes]}} if sizes else {}
 
 
 def best(engine: Engine, options: argparse.Namespace, what: tuple[int, int, int, str]) -> float:

@@ -39,8 +39,8 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPE: Literal["bfloat16", "float32"] = "bfloat16" if ON_GPU else "float32"
 EPSILON, RATE = 2.0**-7, 1e-6
-SCORED = 100
-"""The token whose log-probability is the loss."""
+SCORED = 0
+"""The token whose log-probability is the loss: one that the tokenizer of three words has."""
 WARM_UP = 2
 METHODS = ("mezo", "in-place", "hot-swap", "ours")
 
@@ -216,7 +216,8 @@ def hot_swap(
 
         def post(route: str, body: dict[str, Any]) -> requests.Response:
             answer = requests.post(url + route, json=body, timeout=600)
-            answer.raise_for_status()
+            if not answer.ok:
+                sys.exit(f"{route}: {answer.text}")
             return answer
 
         for pairs in options.pairs:
