@@ -13,5 +13,5 @@ STATE_VARIABLE = "ZOACT_STATE"
 DEFAULT_STATE = "zoact-state"
 """The directory of the journal."""
 SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
-DEFAULT_SHARE = 1 / 16
+DEFAULT_SHARE = 1 / 32
 """The most of a step's tokens that training takes while there is other traffic."""
