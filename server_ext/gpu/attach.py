@@ -22,6 +22,9 @@ from server_ext.gpu.scored_rows import ScoredRows
 from server_ext.gpu.slots import SlotWriter
 from server_ext.gpu.wrapper import GroupedPunicaWrapper
 
+LONE_BLOCK = 16
+"""Tokens of a block where a request has one row, which shares none: any number would do."""
+
 
 class PointLora(LoRAModel):
     """A LoRA in vLLM's books whose weights exist in a slot alone."""
@@ -105,8 +108,9 @@ def attach_scores(runner: Any) -> dict[str, Any] | None:
     worker = getattr(runner, "prompt_logprobs_worker", None)
     if worker is None or worker.logprobs_mode != "raw_logprobs":
         return None
-    block = block_of(runner)
-    rows = ScoredRows(runner, block or 1)
-    if block is not None:
+    shared = block_of(runner)
+    block = LONE_BLOCK if shared is None else shared
+    rows = ScoredRows(runner, block)
+    if shared is not None:
         split_rows(runner, rows.get)
-    return {"block": block or 1, "answers": MAX_LOGPROB_TOKEN_IDS, "many": block is not None}
+    return {"block": block, "answers": MAX_LOGPROB_TOKEN_IDS, "many": shared is not None}
