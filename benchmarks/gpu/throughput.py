@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def graphs(sizes: list[int]) -> dict[str, Any]:
-    """What has vLLM capture larger batches than it does by itself: a small model's take longer to launch than to run."""
+    """What has vLLM capture larger batches than by itself: a small model's take longer to launch than to run."""
     return {"compilation_config": {"cudagraph_capture_sizes": [*range(32, 513, 32), *sizes]}} if sizes else {}
 
 
