@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
+from shutil import which
 
 import torch
 
@@ -93,7 +96,14 @@ class Noise:
 
 def has_kernels(device: torch.device) -> bool:
     """Whether kernels of ours draw, add and digest on a device: PyTorch does it with a pass for every operation."""
-    return device.type == "cuda" and find_spec("triton") is not None
+    return device.type == "cuda" and _triton_compiles()
+
+
+@cache
+def _triton_compiles() -> bool:
+    """Whether there is Triton, and the C compiler that it needs."""
+    compilers = [os.environ.get("CC"), "gcc", "clang"]
+    return find_spec("triton") is not None and any(name and which(name) for name in compilers)
 
 
 def float32(value: float) -> float:
