@@ -16,7 +16,7 @@ import plan
 
 from zoact_remote import Client, TrainingDiverged, evaluate
 from zoact_remote.cli.output import Output
-from zoact_remote.cli.run import train_adapter
+from zoact_remote.cli.run import CALIBRATED, TUNED, ZERO_SHOT, train_adapter
 from zoact_remote.cli.run_files import CHECKPOINT, METRICS
 from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation
@@ -37,19 +37,25 @@ def train(client: Client, run: plan.Run, data: Path, directory: Path, is_trial: 
     if not (directory / CHECKPOINT).is_file():
         with suppress(NotFound):
             client.adapter(name).delete()
-    diverged = False
-    try:
-        train_adapter(
+    reached = None
+    with suppress(TrainingDiverged):
+        found = train_adapter(
             client, name, BUILTIN[run.task], training, held_out, settings, directory, Output(True), resume=True
-        )
-    except TrainingDiverged:
-        diverged = True
-    adapter = client.adapter(name)
-    start, tuned = (evaluate(adapter, [e.row for e in held_out], version=version) for version in (0, None))
+        ).results
+        reached = {
+            "zero_shot": found[ZERO_SHOT]["accuracy"],
+            "label_calibrated": found[CALIBRATED.format(ZERO_SHOT)]["accuracy"],
+            "accuracy": found[TUNED]["accuracy"],
+            "loss": found[TUNED]["loss"],
+        }
+    adapter, diverged = client.adapter(name), reached is None
+    if reached is None:
+        rows = [example.row for example in held_out]
+        reached = figures(evaluate(adapter, rows, version=0), evaluate(adapter, rows))
     steps = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
     result = {
         "passes": plan.calibration_passes(settings) + len(steps) * plan.passes_a_step(settings),
-        **figures(start, tuned),
+        **reached,
         "choice_accuracy": evaluate(adapter, choice).accuracy if is_trial else None,
         "returns": sum(step["returned_to"] is not None for step in steps),
         "diverged": diverged,
