@@ -46,6 +46,7 @@ REQUESTS = st.lists(
         st.sampled_from([FOREGROUND, BACKGROUND]),
         st.integers(1, 12),
         st.integers(0, 14),
+        st.booleans(),
     ),
     max_size=12,
 )
@@ -60,7 +61,7 @@ def test_a_step_holds_no_more_of_training_than_its_share_and_training_goes_on(
     training = [request for request in waiting if is_training(request)]
     joining = training[: len(training) - len(held)]
     assert joining + held == training, "first come, first served"
-    before = sum(map(to_do, filter(is_training, running)))
+    before = sum(to_do(request) for request in running if is_training(request) and request.is_prefill_chunk)
     alone = not before and sum(map(to_do, joining[:-1])) == 0
     assert not joining or alone or before + sum(map(to_do, joining)) <= cap
     if not before and training:
@@ -125,34 +126,30 @@ class Vllm:
         self.asked = 0
         self._outputs: deque[Any] = deque()
 
-    def ask(self, training: bool, prompt: int, most: int, lora: int) -> str:
+    def ask(self, training: bool, prompt: int, most: int, lora: int) -> None:
         self.asked += 1
         name = f"{PREFIX if training else 'cmpl-'}{self.asked}"
-        parameters = SamplingParams(max_tokens=most, ignore_eos=True)
-        parameters.update_from_generation_config({}, 1)
         self.scheduler.add_request(
             VllmRequest(
                 name,
                 [self.asked] * prompt,
-                parameters,
+                SamplingParams(max_tokens=most, ignore_eos=True),
                 None,
                 arrival_time=self.asked,
                 lora_request=LoRARequest(f"{lora}", lora, "nowhere") if lora else None,
                 priority=BACKGROUND if training else FOREGROUND,
             )
         )
-        return name
 
     def step(self) -> dict[str, int]:
         """Makes a step, and says how many tokens of prompts it had of each request of training."""
         scheduler = self.scheduler
-        prompts = {name: to_do(r) for name, r in scheduler.requests.items() if r.status != RequestStatus.RUNNING}
-        prompts |= {r.request_id: to_do(r) for r in scheduler.running if r.is_prefill_chunk}
+        written = {r.request_id for r in scheduler.running if not r.is_prefill_chunk}
         output = scheduler.schedule()
         self._outputs.append((output, {n: scheduler.requests[n].is_prefill_chunk for n in output.num_scheduled_tokens}))
         if len(self._outputs) > self._ahead:
             self._answer()
-        return {n: tokens for n, tokens in output.num_scheduled_tokens.items() if n in prompts and n.startswith(PREFIX)}
+        return {n: k for n, k in output.num_scheduled_tokens.items() if n not in written and n.startswith(PREFIX)}
 
     def _answer(self) -> None:
         output, unfinished = self._outputs.popleft()
