@@ -30,7 +30,7 @@ class Request(Protocol):
 
 
 def to_do(request: Request) -> int:
-    """Tokens of a request that are yet to be computed."""
+    """Tokens of a request that are yet to be computed, were nothing of it in the prefix cache."""
     return max(0, request.num_tokens - request.num_computed_tokens)
 
 
