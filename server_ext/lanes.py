@@ -55,13 +55,13 @@ class Turn:
     Attributes:
         tokens: the most that it adds to a step.
         priority: to give vLLM.
-        begun: set by whoever asks, once there is a sign that vLLM works at it.
+        moving: set by whoever asks, at every sign that vLLM works at it; cleared when the alarm goes off.
 
     """
 
     tokens: int
     priority: int
-    begun: bool = False
+    moving: bool = False
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[Any] | None = None
     hurried: bool = False
@@ -169,11 +169,16 @@ class Lanes:
             self._alarm = None
 
     def _hurry(self) -> None:
-        """Moves the oldest request that vLLM has not begun with to the foreground's lane."""
+        """Moves the oldest request that vLLM does not work at to the foreground's lane.
+
+        A text that vLLM has put off for want of cache is among those, and is written anew.
+        """
         self._alarm = None
         for turn in self._under_way:
-            if turn.task is not None and not (turn.begun or turn.hurried):
+            if turn.task is not None and not (turn.moving or turn.hurried):
                 turn.priority, turn.hurried = FOREGROUND, True
                 turn.task.cancel()
                 break
+        for turn in self._under_way:
+            turn.moving = False
         self._watch()

@@ -7,7 +7,6 @@ training that are beyond the share leave the queue, and come back to it afterwar
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
 
 from server_ext.lanes import BACKGROUND, PREFIX, QUIET_S, training_share
 
@@ -26,10 +26,11 @@ class Request(Protocol):
     priority: int
     num_tokens: int
     num_computed_tokens: int
+    is_prefill_chunk: bool
 
 
 def to_do(request: Request) -> int:
-    """Tokens of a request that are yet to be computed."""
+    """Tokens of a request that are yet to be computed, were nothing of it in the prefix cache."""
     return max(0, request.num_tokens - request.num_computed_tokens)
 
 
@@ -41,15 +42,16 @@ def is_training(request: Request) -> bool:
 def beyond_share(running: Iterable[Request], waiting: Iterable[Request], cap: int) -> list[Request]:
     """The requests of training that are to wait for another step.
 
-    One always goes, so that training does not come to a stop.
+    One always goes, so that training does not come to a stop. Texts that are being written do not count: they add a
+    token each, and what waits for the end of one would wait for long.
 
     Args:
         running: what goes on in the next step.
         waiting: what could join it, in order.
-        cap: tokens of training that a step may hold.
+        cap: tokens of training's prompts that a step may hold.
 
     """
-    taken = sum(to_do(request) for request in running if is_training(request))
+    taken = sum(to_do(request) for request in running if request.is_prefill_chunk and is_training(request))
     held: list[Request] = []
     for request in filter(is_training, waiting):
         if held or (taken and taken + to_do(request) > cap):
@@ -72,15 +74,25 @@ class _Sharing:
     def schedule(self, *args: Any, **options: Any) -> Any:
         plain: Any = super()
         this: Any = self
-        if any(not name.startswith(PREFIX) for name in this.requests):
-            self._last_foreground = time.monotonic()
-        if self._cap is None or time.monotonic() - self._last_foreground >= QUIET_S:
+        if self._cap is None:
             return plain.schedule(*args, **options)
+        # vLLM's queues are heaps: to go through one in order costs far more than to look for what is ours.
+        ours = [request for name, request in this.requests.items() if name.startswith(PREFIX)]
+        now = time.monotonic()
+        if len(ours) < len(this.requests):
+            self._last_foreground = now
+        if now - self._last_foreground >= QUIET_S:
+            return plain.schedule(*args, **options)
+        # What holds key-value blocks, or waits for any, is in the middle of something and stays where it is.
+        holding = set(getattr(this, "kv_holding_waiting", ()))
+        waiting = [r for r in ours if r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) and r not in holding]
+        held = beyond_share(this.running, sorted(waiting), self._cap)
+        if not held:
+            return plain.schedule(*args, **options)
+        this.waiting.remove_requests(held)
         # vLLM 0.26 keeps those apart that an earlier step has passed over.
-        queues = [this.waiting, getattr(this, "skipped_waiting", ())]
-        held = beyond_share(this.running, sorted(itertools.chain(*queues)), self._cap)
-        for queue in filter(None, queues):
-            queue.remove_requests(held)
+        if hasattr(this, "skipped_waiting"):
+            this.skipped_waiting.remove_requests(held)
         try:
             return plain.schedule(*args, **options)
         finally:

@@ -243,7 +243,7 @@ class VllmEngine:
             name = f"{PREFIX}{next(self._next_request)}"
             outputs = self._generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
             async for output in outputs:
-                turn.begun, last = True, output
+                turn.moving, last = True, output
             return last
 
         return await self.lanes.background(len(tokens), ask)

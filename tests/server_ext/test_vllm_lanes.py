@@ -97,7 +97,8 @@ def test_an_adapter_is_served_while_probes_write(vllm_server: Server, vllm_clien
 
 def test_no_step_holds_more_of_training_than_its_share(vllm_server: Server, vllm_client: Client) -> None:
     adapter = trained_adapter(vllm_client)
-    rows = [{"prompt": [0, *range(40, 80), i], "completion": [60]} for i in range(40)]
+    # Longer than half a share each, and nothing of them is in the prefix cache.
+    rows = [{"prompt": [0, 40 + i, *range(40, 110)], "completion": [60]} for i in range(40)]
     with ThreadPoolExecutor(1) as pool:
         served = pool.submit(complete, vllm_server, adapter.name, [0, 41], max_tokens=LONG, ignore_eos=True)
         while not running(vllm_server):
