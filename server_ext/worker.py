@@ -28,6 +28,7 @@ from server_ext.basis import RangeFinder, make_finders
 from server_ext.cpu_kernels import use_grouped_kernels
 from server_ext.gpu.platform import wanted as gpu_kernels_wanted
 from server_ext.inputs import make_sites
+from server_ext.logs import log
 from server_ext.schemas import BasisSpec
 from server_ext.store import AdapterStore, Point
 from zoact_remote.layout import Layout, Site
@@ -97,6 +98,18 @@ class ZoActWorker:
                 "packing": packing,
             }
         )
+
+    def zoact_call(self, method: str, args: Sequence[Any]) -> tuple[Any, str | None]:
+        """Another method's answer, or what it failed with.
+
+        A failure is an answer too: where vLLM's executor meets an exception it leaves the other workers' answers
+        unread, and takes them for those to the next call.
+        """
+        try:
+            return getattr(self, method)(*args), None
+        except Exception as error:
+            log.exception("worker failed", method=method)
+            return None, repr(error)
 
     def _zoact_parts(self, module: str) -> list[str]:
         """The checkpoint's names of the layers that a module of vLLM holds: q, k and v of qkv_proj."""

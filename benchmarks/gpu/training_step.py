@@ -278,7 +278,7 @@ def ours(
     arguments = [model, "--dtype", DTYPE, "--max-rank", str(options.rank), "--slots", str(slots)]
     arguments += ["--state", str(directory / "state"), "--", *server_flags(options)]
     rows = [{"prompt": prompt, "completion": [SCORED]} for prompt in prompts]
-    with serving(arguments, directory / "ours.log") as server, Client(server.url) as client:
+    with serving(arguments, directory / "ours.log") as server, Client(server.url, patience=0) as client:
         server.wait_until_ready(client)
         for pairs in options.pairs:
             seconds = train(client, options, rows, pairs, tenants=1)

@@ -1,6 +1,6 @@
 """One model on two GPUs against the same model on one: losses, digests, bases and the time of a call.
 
-    python benchmarks/gpu/two_gpus.py --geometry llama-1b
+    python benchmarks/gpu/two_gpus.py --geometry llama-1b -- --disable-custom-all-reduce
     ZOACT_GPU_KERNELS=0 python benchmarks/gpu/two_gpus.py --model CHECKPOINT
 
 Two servers, one after the other, are asked the same: ``zoact serve`` with ``--tensor-parallel-size`` 1 and 2. Rows are
@@ -46,6 +46,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of each row")
     parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--logs", type=Path, help="where to leave the servers' logs")
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS", help="for vLLM")
     options = parser.parse_args()
     # By default vLLM's CPU build wants a NUMA node for each of its workers.
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -67,8 +69,10 @@ def serve(options: argparse.Namespace, model: str, gpus: int, directory: Path) -
     """What a server over some GPUs answers."""
     arguments = [model, "--dtype", DTYPE, "--max-rank", str(options.rank), "--slots", str(2 * options.probes)]
     arguments += ["--state", str(directory / f"state-{gpus}"), "--", "--tensor-parallel-size", str(gpus)]
-    arguments += ["--max-model-len", "4096", *(["--enforce-eager"] if options.eager else [])]
-    with serving(arguments, directory / f"server-{gpus}.log") as server, Client(server.url) as client:
+    arguments += ["--max-model-len", "4096", *(["--enforce-eager"] if options.eager else []), *options.flags]
+    log = (options.logs or directory) / f"server-{gpus}.log"
+    # A server that hangs or dies is not waited for.
+    with serving(arguments, log) as server, Client(server.url, timeout=(5.0, 120.0), patience=0) as client:
         server.wait_until_ready(client)
         return answers(client, options)
 

@@ -156,7 +156,7 @@ class VllmEngine:
     ) -> str:
         start = save({"flat": torch.from_numpy(base)}) if isinstance(base, np.ndarray) else base
         content = None if update is None else json.dumps(update.to_json())
-        digests = await self._client.collective_rpc("zoact_hold", args=(key, version, start, content, list(keep)))
+        digests = await self._call_all("zoact_hold", key, version, start, content, list(keep))
         if len(set(digests)) != 1:
             raise RuntimeError(f"vLLM's workers disagree on version {version} of {key}: {digests}")
         return str(digests[0])
@@ -260,7 +260,14 @@ class VllmEngine:
 
     async def _call(self, method: str, *args: Any) -> Any:
         """Calls every worker and returns the first one's answer, which stands for all."""
-        return (await self._client.collective_rpc(method, args=args))[0]
+        return (await self._call_all(method, *args))[0]
+
+    async def _call_all(self, method: str, *args: Any) -> list[Any]:
+        """Calls every worker and returns their answers. Raises RuntimeError if one failed."""
+        answers = await self._client.collective_rpc("zoact_call", args=(method, args))
+        if failures := {error for _, error in answers if error is not None}:
+            raise RuntimeError(f"{method} failed in vLLM's workers: {', '.join(sorted(failures))}")
+        return [answer for answer, _ in answers]
 
 
 def _scoring(**options: Any) -> SamplingParams:

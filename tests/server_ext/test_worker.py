@@ -1,6 +1,11 @@
-"""Points as the LoRAs that vLLM's slots take."""
+"""Points as the LoRAs that vLLM's slots take, and calls to several workers."""
 
 from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +79,47 @@ def test_without_a_probe_there_are_the_coefficients_alone(dtype: torch.dtype) ->
     for name, matrix in coefficients().items():
         assert lora_a[name].shape == (4, 24)
         assert torch.equal(lora_b[name], matrix.to(dtype))
+
+
+class Executor:
+    """Asks workers and reads their answers as vLLM's multi-process executor does: up to the first that failed."""
+
+    def __init__(self, workers: Sequence[Any]) -> None:
+        self._workers = [(worker, deque[Any]()) for worker in workers]
+
+    async def collective_rpc(self, method: str, args: Sequence[Any] = ()) -> list[Any]:
+        for worker, answers in self._workers:
+            try:
+                answers.append(getattr(worker, method)(*args))
+            except Exception as error:
+                answers.append(error)
+        found = []
+        for _, answers in self._workers:
+            answer = answers.popleft()
+            if isinstance(answer, Exception):
+                raise answer
+            found.append(answer)
+        return found
+
+
+def test_calls_after_one_that_failed_get_their_own_answers() -> None:
+    from server_ext.engines.vllm import VllmEngine
+    from server_ext.worker import ZoActWorker
+
+    workers = [ZoActWorker(), ZoActWorker()]
+    for worker in workers:
+        worker.zoact_store = AdapterStore(torch.device("cpu"))
+        worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)})
+    engine: Any = object.__new__(VllmEngine)
+    engine._client = Executor(workers)
+
+    async def calls() -> None:
+        zero = await engine.hold("key", 0, None, None, [])
+        with pytest.raises(RuntimeError, match="version 5 is not held"):
+            await engine.hold("key", 6, 5, UPDATE, [])
+        one = await engine.hold("key", 1, 0, UPDATE, [0])
+        assert zero != one == workers[1].zoact_store["key"][1].digest()
+        flat = await engine.read("key", 1)
+        np.testing.assert_array_equal(flat, workers[1].zoact_store["key"][1].flat.numpy())
+
+    asyncio.run(calls())

@@ -1,4 +1,4 @@
-"""Losses of a real server with our kernels, packs, chunks and shared beginnings included. Needs a GPU."""
+"""Losses and bases of a real server with our kernels, packs, chunks and shared beginnings included. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.server_ext.support import Lora, Reference, layout_of
-from tests.support import ROWS, Server, trained_adapter
-from zoact_remote import Client, Probe
+from tests.support import ROWS, Server, new_adapter, trained_adapter
+from zoact_remote import Basis, Client, Probe
 from zoact_remote.replay import direction
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,10 +28,15 @@ MANY: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["packs", "chunks", "compiled"])
+@pytest.fixture(params=["packs", "chunks", "compiled", "two GPUs", "two GPUs, compiled"])
 def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> Iterator[Server]:
     flags = ["--dtype", "float16", "--gpu-memory-utilization", "0.1", "--max-model-len", "256"]
-    if request.param != "compiled":
+    if request.param.startswith("two GPUs"):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("needs two GPUs")
+        # The tiny model's one key-value head is on both.
+        flags += ["--tensor-parallel-size", "2"]
+    if not request.param.endswith("compiled"):
         flags.append("--enforce-eager")
     if request.param == "chunks":
         flags += ["--max-num-batched-tokens", "48", "--max-num-seqs", "8"]
@@ -41,13 +46,14 @@ def server(request: pytest.FixtureRequest, tiny_model: Path, tmp_path: Path) -> 
     server.kill()
 
 
-def test_losses_are_those_of_the_model_in_float64(server: Server, tiny_model: Path, tmp_path: Path) -> None:
+def test_losses_and_bases_are_those_of_the_model_in_float64(server: Server, tiny_model: Path, tmp_path: Path) -> None:
     reference = Reference(tiny_model)
     with server.client() as client:
-        _check(client, reference, tmp_path)
+        _check_losses(client, reference, tmp_path)
+        _check_bases(client, reference, tmp_path)
 
 
-def _check(client: Client, reference: Reference, directory: Path) -> None:
+def _check_losses(client: Client, reference: Reference, directory: Path) -> None:
     adapter = trained_adapter(client, updates=2, size=0.2)
     layout = layout_of(client, adapter)
     lora = Lora.exported(adapter.export(directory / "export"))
@@ -66,3 +72,15 @@ def _check(client: Client, reference: Reference, directory: Path) -> None:
         assert (pair.plus, pair.minus) == pytest.approx((plus, minus), abs=TOLERANCE)
         differences.append(abs(plus - minus))
     assert max(differences) > 4 * TOLERANCE, "probes must matter for this test to say anything"
+
+
+def _check_bases(client: Client, reference: Reference, directory: Path) -> None:
+    adapter = new_adapter(client, rank=3, basis=Basis(positions="both", passes=2), rows=MANY)
+    layout = layout_of(client, adapter)
+    vectors = Lora.exported(adapter.export(directory / "basis")).a
+    for name in layout.inputs:
+        covariance = reference.covariance(MANY, name, ("prompt", "scored"))
+        kept = np.trace(vectors[name] @ covariance @ vectors[name].T)
+        assert kept >= 0.9 * np.linalg.eigvalsh(covariance)[-3:].sum()
+    seen = reference.activations(MANY, layout.sites[0].name)
+    assert adapter.info.positions_seen == sum(len(inputs) for inputs in seen.values())
