@@ -89,7 +89,8 @@ class Vllm:
     """vLLM's scheduler, with nobody behind it who computes: every answer is token 7."""
 
     def __init__(self, model: Path, ahead: bool) -> None:
-        scheduler = SchedulerConfig(
+        new_config: Any = SchedulerConfig
+        scheduler = new_config(
             max_num_seqs=SEATS,
             max_num_batched_tokens=STEP,
             max_model_len=256,
