@@ -48,6 +48,11 @@ def training_share(environment: Mapping[str, str]) -> float:
     return share
 
 
+def training_cap(share: float, step: int) -> int | None:
+    """The most tokens of training that a step of so many may hold while there is foreground; None for no difference."""
+    return None if share == 1 else max(1, int(share * step))
+
+
 @dataclass(eq=False)
 class Turn:
     """One request of training on its way through.
@@ -71,8 +76,7 @@ class Lanes:
     """Who is on the way into one engine. Used on one event loop.
 
     Args:
-        cap: tokens of training that a step may hold while there is foreground, and a quarter of what may be under way;
-            a request that has more passes alone. None makes no difference between the two lanes.
+        cap: see :func:`training_cap`. ``AHEAD`` times as much may be under way; a request that has more passes alone.
         quiet_s: seconds after the last foreground request during which the cap still holds.
         patience_s: seconds in which nothing of training ends, before one request is moved to the foreground's lane.
 

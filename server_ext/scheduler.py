@@ -16,7 +16,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from server_ext.lanes import BACKGROUND, PREFIX, QUIET_S, training_share
+from server_ext.lanes import BACKGROUND, PREFIX, QUIET_S, training_cap, training_share
 
 
 class Request(Protocol):
@@ -66,9 +66,8 @@ class _Sharing:
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        share = training_share(os.environ)
         batch: int = self.scheduler_config.max_num_batched_tokens  # type: ignore[attr-defined]
-        self._cap = None if share == 1 else max(1, int(share * batch))
+        self._cap = training_cap(training_share(os.environ), batch)
         self._last_foreground = -QUIET_S
 
     def schedule(self, *args: Any, **options: Any) -> Any:

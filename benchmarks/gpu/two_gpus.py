@@ -26,6 +26,7 @@ import geometry
 import numpy as np
 import torch
 
+from server_ext.gpu.platform import turned_on
 from zoact_remote import Basis, Client, Probe, Update
 from zoact_remote.cli.local_server import serving
 
@@ -59,7 +60,7 @@ def main() -> None:
             geometry.write_weights(model, DTYPE)
         one, two = (serve(options, model, gpus, directory) for gpus in (1, 2))
     device = torch.cuda.get_device_name() if ON_GPU else "CPU"
-    kernels = "our kernels" if os.environ.get("ZOACT_GPU_KERNELS", "1") == "1" and ON_GPU else "vLLM's kernels"
+    kernels = "our kernels" if turned_on() and ON_GPU else "vLLM's kernels"
     print(f"\n{device}, {options.model or options.geometry}, {DTYPE}, rank {options.rank}, {kernels}, ", end="")
     print(f"{options.rows} rows of {options.tokens} tokens, the last {COMPLETION} scored, {options.probes} probes\n")
     print_table(one, two)

@@ -26,7 +26,7 @@ from server_ext.basis import Basis
 from server_ext.checkpoint import checkpoint_digest
 from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
 from server_ext.key_limit import KeyLimit
-from server_ext.lanes import PREFIX, Lanes, Turn
+from server_ext.lanes import PREFIX, Lanes, Turn, training_cap
 from server_ext.packing import SCORED_ROWS, Pack, Packing
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
@@ -77,7 +77,7 @@ class VllmEngine:
         cache = client.vllm_config.cache_config
         # Half of the cache is for others: what waits for room in it is never given that of what runs.
         self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
-        self.lanes = Lanes(None if share == 1 else max(1, int(share * step)))
+        self.lanes = Lanes(training_cap(share, step))
         self._generate = watch(client, self.lanes)
         self._generating = KeyLimit(max(1, client.vllm_config.lora_config.max_loras // 2))
         self._lora_ids: OrderedDict[str, int] = OrderedDict()

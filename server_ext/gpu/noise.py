@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 RADIANS = tl.constexpr(2.0 * math.pi * 2.0**-24)
+
+
+def seed_halves(seeds: Sequence[int]) -> NDArray[np.int32]:
+    """Lower and upper halves of seeds, ``[2, seeds]``: int32 patterns, in which every seed reaches a kernel."""
+    return np.ascontiguousarray(np.array(seeds, "<u8").view("<i4").reshape(-1, 2).T)
 
 
 @triton.jit

@@ -31,4 +31,9 @@ def register() -> None:
 def wanted() -> bool:
     """Whether the environment has the extension's kernels run."""
     named = "zoact" in os.environ.get("VLLM_PLUGINS", "").split(",")
-    return named and os.environ.get(VARIABLE, "1") == "1"
+    return named and turned_on()
+
+
+def turned_on() -> bool:
+    """Whether nobody has turned the kernels off."""
+    return os.environ.get(VARIABLE, "1") == "1"

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from server_ext.gpu.noise import normals, philox_words, signs
+from server_ext.gpu.noise import normals, philox_words, seed_halves, signs
 from server_ext.store import AdapterState
 from zoact_remote.layout import Layout, Site
 from zoact_remote.noise import LANES, STREAMS
@@ -231,6 +231,7 @@ class SlotWriter:
         holder = self._holders.get(slot)
         if holder is None or holder() is not state:
             self._take(slot, state, tables)
+        ((low,), (high,)) = seed_halves([seed]).tolist()
         _fill_b[(len(tables.b_programs),)](
             tables.b_programs,
             tables.b_targets,
@@ -240,8 +241,8 @@ class SlotWriter:
             self._like,
             epsilon,
             slot,
-            _signed(seed & 0xFFFFFFFF),
-            _signed(seed >> 32),
+            low,
+            high,
             RANK=rank,
             HALF=slot_rank // 2,
             STREAM=STREAMS[state.noise.distribution],
@@ -293,8 +294,3 @@ def _int32(rows: Any, width: int, device: torch.device) -> torch.Tensor:
 
 def _addresses(tensors: Any, device: torch.device) -> torch.Tensor:
     return torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=device)
-
-
-def _signed(word: int) -> int:
-    """A 32-bit pattern as an int32, the one type in which every seed reaches the kernel."""
-    return word - (1 << 32) if word >= 1 << 31 else word

@@ -15,10 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
-from server_ext.gpu.noise import philox_words, signs
+from server_ext.gpu.noise import philox_words, seed_halves, signs
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX
 from zoact_remote.noise import LANES, STREAMS
 
+assert LANES["rademacher"] == 128
 BLOCKS = 16
 """Of Philox's, that one program works on."""
 ELEMENTS = 4096
@@ -94,13 +95,7 @@ def add_terms(
     if not terms:
         return
     seeds, scalars = zip(*terms, strict=True)
-    table = np.stack(
-        [
-            (np.array(seeds, np.uint64) & np.uint64(0xFFFFFFFF)).astype(np.uint32).view(np.int32),
-            (np.array(seeds, np.uint64) >> np.uint64(32)).astype(np.uint32).view(np.int32),
-            np.array(scalars, np.float64).astype(np.float32).view(np.int32),
-        ]
-    )
+    table = np.concatenate([seed_halves(seeds), np.array([scalars], np.float32).view(np.int32)])
     _add_terms[(triton.cdiv(len(counters), BLOCKS),)](
         flat, counters, sites, torch.from_numpy(table).to(flat.device), len(terms), len(counters),
         STREAM=STREAMS["rademacher"], BLOCKS=BLOCKS, num_warps=4,
@@ -113,6 +108,3 @@ def digest_sums(flat: torch.Tensor) -> torch.Tensor:
     sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
     _digest[(triton.cdiv(len(flat), ELEMENTS),)](flat.view(torch.int32), sums, len(flat), ELEMENTS=ELEMENTS)
     return sums
-
-
-assert LANES["rademacher"] == 128
