@@ -20,11 +20,15 @@ def create_app(engine: Engine, directory: Path, tenants: Tenants) -> FastAPI:
     """A FastAPI app that serves ``/zoact/v1``, ``/health`` and ``/metrics``, with its state in a directory.
 
     The tenants are closed when the app ends.
+
+    Raises:
+        ValueError: another server uses the directory, or what is in it is of another model.
+
     """
+    gate = Gate(Service(engine, directory), tenants)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        gate = Gate(Service(engine, directory), tenants)
         app.state.zoact = gate
         gate.begin()
         yield
@@ -45,7 +49,8 @@ def create_app(engine: Engine, directory: Path, tenants: Tenants) -> FastAPI:
 def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants: Tenants) -> None:
     """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end.
 
-    ``server_ext.tenants.open_tenants`` says who may come in from where the host is reached.
+    ``server_ext.tenants.open_tenants`` says who may come in from where the host is reached. Raises ValueError as
+    :func:`create_app` does.
     """
     # Imported here, as making an app needs neither.
     import torch

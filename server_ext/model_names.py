@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from server_ext.errors import invalid
-from server_ext.schemas import NAME, SignedProbe
+from server_ext.schemas import SignedProbe
+from zoact_remote.wire.values import NAME
 
 _NUMBER = r"0|[1-9][0-9]{0,19}"
 _OURS = re.compile(rf"(?P<adapter>{NAME}/{NAME})(?P<rest>[@+*].*)?", re.DOTALL)

@@ -18,6 +18,7 @@ from pydantic import (
 
 from zoact_remote import wire
 from zoact_remote.noise import MAX_SEED
+from zoact_remote.wire.values import NAME
 
 MAX_TERMS = 4096
 """Terms an update may list."""
@@ -33,7 +34,6 @@ LARGEST_SCALAR = 1e30
 SMALLEST_DIVISOR = 2.0**-126
 """Divisors below float32's smallest normal number may be zero on a device."""
 
-NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
 TENANT = f"^{NAME}$"
 TENANT_ADAPTER = f"^{NAME}/{NAME}$"
 

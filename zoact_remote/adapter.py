@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -13,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 from zoact_remote.audit import Audit, audit
 from zoact_remote.errors import Conflict, InvalidValue
@@ -37,6 +37,7 @@ from zoact_remote.wire import (
     Update,
     UpdateResult,
 )
+from zoact_remote.wire.values import NAME
 
 
 class Adapter:
@@ -388,10 +389,13 @@ class Adapter:
 
 def adapter_path(name: str) -> str:
     """Where an adapter's calls are, below ``/zoact/v1``."""
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts):
-        raise InvalidValue("name", f"an adapter is named tenant/adapter, got {name!r}")
-    return "/adapters/" + "/".join(quote(part, safe="") for part in parts)
+    if not re.fullmatch(f"{NAME}/{NAME}", name):
+        raise InvalidValue(
+            "name",
+            "an adapter is named tenant/adapter, each of at most 63 lower-case letters, digits, '.', '_' and '-' that "
+            f"begin with a letter or a digit; got {name!r}",
+        )
+    return f"/adapters/{name}"
 
 
 def _keyed(update: Update) -> Update:

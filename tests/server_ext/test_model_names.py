@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from server_ext.errors import ApiError
 from server_ext.model_names import ModelName
-from server_ext.schemas import NAME, SignedProbe
+from server_ext.schemas import SignedProbe
 from tests.strategies import SEEDS
+from zoact_remote.wire.values import NAME
 
 NAMES = st.from_regex(NAME, fullmatch=True)
 EPSILONS = st.floats(0, 1, exclude_min=True)

@@ -199,7 +199,9 @@ def test_create_adapter_that_exists_but_differs(
         client.create_adapter("acme/triage", exist_ok=True, **properties)
 
 
-@pytest.mark.parametrize("name", ["triage", "a/b/c", "/triage", "acme/", ""])
+@pytest.mark.parametrize(
+    "name", ["triage", "a/b/c", "/triage", "acme/", "", "acme/bad name", "Acme/triage", "acme/.x", "acme/x\n"]
+)
 def test_adapter_names(client: Client, name: str) -> None:
     with pytest.raises(InvalidValue, match="tenant/adapter"):
         client.adapter(name)

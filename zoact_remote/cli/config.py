@@ -25,7 +25,8 @@ TASK = "task"
 SECTIONS = {
     "data": "Records: a file (.jsonl, .csv, .tsv or .parquet), or a data set on the hub, such as ag_news@test.",
     TASK: "What records mean: a built-in task or a file, by its name, or a task's own settings. If nothing is here, "
-    "records of text and label, of messages, or of prompt and completion are taken as they are.",
+    "records of text and label, of messages, of prompt and completion, or of prompt, choices and answer are taken as "
+    "they are.",
     "adapter": "What is trained.",
     "method": "How it is trained.",
     "evaluation": "How held-out rows are used.",
@@ -104,9 +105,13 @@ def dumps(config: RunConfig) -> str:
 
 
 def _lines(config: RunConfig) -> Iterator[str]:
+    # Imported here, as the commands' options need none of it.
+    from zoact_remote.tasks import Task
+
     for section, text in SECTIONS.items():
         yield from _comment(text)
         if section == TASK:
+            yield from _comment(f"Settings: name, text_field, {', '.join(_names(Task))}.")
             yield toml.dumps({TASK: config.task}).strip("\n")
         else:
             yield f"[{section}]"
@@ -122,7 +127,7 @@ def _comment(text: str) -> Iterator[str]:
     yield from textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
 
 
-def _names(kind: type[RunConfig] | type[TrainingSettings]) -> list[str]:
+def _names(kind: type[RunConfig | TrainingSettings | Task]) -> list[str]:
     return [found.name for found in fields(kind)]
 
 

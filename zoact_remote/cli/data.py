@@ -31,8 +31,8 @@ def make_task(
 ) -> Task:
     """The task that the options describe, or else the records' fields.
 
-    Records of ``messages`` are conversations, and those of ``prompt`` and ``completion`` are these; any other records
-    have a label, which is its own word.
+    Records of ``messages`` are conversations, and those of ``prompt`` and ``completion``, or of ``prompt``, ``choices``
+    and ``answer``, are these; any other records have a label, which is its own word.
 
     Args:
         records: say what is meant where no option does.
@@ -65,6 +65,8 @@ def make_task(
             made = Task(messages="messages")
         elif {"prompt", "completion"} <= fields:
             made = Task("{prompt}", completion="{completion}")
+        elif {"prompt", "choices", "answer"} <= fields:
+            made = Task("{prompt}", choices="{choices}", label_field="answer")
         else:
             made = Task(prompt, _labels_in(records, label_field or "label"))
     return _with_fields(made, text_field, label_field)
@@ -110,6 +112,8 @@ def task_of(records: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> T
             beside = "a name" if name else f"neither a name nor {', '.join(KINDS)}"
             raise CommandFailed(f"[task] has {', '.join(settings)}, but {beside}")
         return make_task(records, task=name, template=template, text_field=text_field, label_field=label_field)
+    if "labels" in settings or "completion" in settings:
+        settings.setdefault("template", TEMPLATE)
     try:
         return _with_fields(Task.from_dict(settings), text_field, label_field)
     except InvalidValue as error:

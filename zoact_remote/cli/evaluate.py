@@ -29,8 +29,9 @@ def evaluate(
 ) -> None:
     """Evaluate a version of an adapter on records.
 
-    Where the task is judged by what the model writes, text is generated for every record, too. zoact train leaves its
-    task beside its results: give it again with --task runs/NAME/task.toml.
+    Where the task is judged by what the model writes, text is generated for every record, too.
+
+    zoact train leaves its task beside its results: give it again with --task runs/NAME/task.toml.
     """
     with reporting(as_json) as output:
         from zoact_remote.cli.data import make_task, spread

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
+PIPED_WIDTH = 200
+"""Columns of tables that no terminal shows: enough that nothing is cut off."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 plus the number of SIGINT, as shells have it."""
 
@@ -37,6 +40,8 @@ class Output:
         # No markup: names, prompts and messages from elsewhere may hold brackets.
         self.console: Console = Console(stderr=True, markup=False, highlight=False)
         self._results = Console(markup=False, highlight=False)
+        if not self._results.is_terminal and "COLUMNS" not in os.environ:
+            self._results.width = PIPED_WIDTH
 
     def note(self, text: str) -> None:
         """Say something for a human."""

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from zoact_remote.tasks import Example, Task
     from zoact_remote.wire import AdapterInfo, BasisResult, Info, Json, Row
 
-ZERO_SHOT, IMPORTED, CALIBRATED, TUNED = "zero-shot", "imported", "label-calibrated {}", "tuned"
+ZERO_SHOT, IMPORTED, CALIBRATED = "zero-shot", "imported", "label-calibrated {}"
+BEFORE, TUNED = "before this run", "tuned"
 
 BASIS_SETTINGS = ("positions", "calibration_rows")
 """What an adapter that was imported makes no use of."""
@@ -49,7 +50,8 @@ class Run:
     Attributes:
         adapter: what it trained.
         results: the task's figures, loss and rows of version 0 (the model alone, or with what was imported), of it with
-            its bias for labels taken away, and tuned. Empty without held-out rows.
+            its bias for labels taken away, of the version that the run began at if that is another one, and tuned.
+            Empty without held-out rows.
         result: everything about the run but its steps, fit for JSON; ``result.json`` holds it too.
 
     """
@@ -145,10 +147,9 @@ def _train(
 ) -> tuple[History, dict[str, Json]]:
     """Train, and write the report; the run and its results."""
     assert task.metric is not None
-    start = None
-    if held_out and files.start_version:
+    if held_out and files.start_version and files.version_0 is None:
         with output.waiting("evaluating version 0"):
-            start = files.of_version_0(lambda: evaluate_examples(adapter, task, held_out, version=0))
+            files.keep_version_0(evaluate_examples(adapter, task, held_out, version=0))
     with training_bar(output.console, settings.steps, task.metric) as bar:
         watched = Watched(adapter, bar)
         trainer = Trainer(
@@ -173,11 +174,11 @@ def _train(
             history = trainer.run()
         except BaseException:
             # The curves up to a failure are what explains it.
-            _report(directory, adapter.info, facts, trainer.history, start, task, held_out)
+            _report(directory, adapter.info, facts, trainer.history, files, task, held_out)
             raise
         bar.doing("trained")
-    _report(directory, adapter.info, facts, history, start, task, held_out)
-    return history, _results(adapter.info, start, history, task, held_out)
+    _report(directory, adapter.info, facts, history, files, task, held_out)
+    return history, _results(adapter.info, files, history, task, held_out)
 
 
 def _ready_adapter(
@@ -232,9 +233,9 @@ def _about_basis(adapter: Adapter, basis: BasisResult) -> str:
 
 
 def _results(
-    adapter: AdapterInfo, start: Evaluation | None, history: History, task: Task, held_out: Sequence[Example]
+    adapter: AdapterInfo, files: RunFiles, history: History, task: Task, held_out: Sequence[Example]
 ) -> dict[str, Json]:
-    start = start or history.baseline
+    start = files.version_0 or history.baseline
     if start is None:
         return {}
     version_0 = ZERO_SHOT if adapter.imported_digest is None else IMPORTED
@@ -245,6 +246,8 @@ def _results(
             "loss": calibrated_loss(start, [example.row["answer"] for example in held_out]),
             "rows": len(held_out),
         }
+    if files.version_0 is not None and history.baseline is not None:
+        results[BEFORE] = _figures(history.baseline, task)
     if history.final is not None:
         results[TUNED] = _figures(history.final, task)
     return results
@@ -289,7 +292,7 @@ def _report(
     adapter: AdapterInfo,
     facts: Mapping[str, object],
     history: History,
-    start: Evaluation | None,
+    files: RunFiles,
     task: Task,
     held_out: Sequence[Example],
 ) -> None:
@@ -299,9 +302,11 @@ def _report(
         title=adapter.name,
         settings=facts,
         history=history,
-        results=_results(adapter, start, history, task, held_out),
+        results=_results(adapter, files, history, task, held_out),
         metric=task.metric,
-        changes=changed_answers([example.row for example in held_out], start or history.baseline, history.final),
+        changes=changed_answers(
+            [example.row for example in held_out], files.version_0 or history.baseline, history.final
+        ),
     )
 
 

@@ -49,11 +49,13 @@ class RunFiles(Callback):
     Args:
         directory: there already.
         about: what the run is of, fit for JSON. A run is resumed only if all of it is as it was.
-        resume: go on from the checkpoint, if there is one; else whatever run was here before is forgotten.
+        resume: go on from the checkpoint, if there is one; else whatever run of this adapter was here before is
+            forgotten.
 
     Raises:
         InvalidValue: the checkpoint is of something else; the field that differs is named.
-        CommandFailed: a run is under way there.
+        CommandFailed: a run is under way there; or it is not to be resumed, and the run there is another adapter's, or
+            was cut off and this one would train the same adapter further.
 
     """
 
@@ -66,10 +68,13 @@ class RunFiles(Callback):
             ) from None
         self._checkpoint = directory / CHECKPOINT
         about = {"format": FORMAT, **about}
-        if resume and self._checkpoint.is_file():
-            self._saved: Json = json.loads(self._checkpoint.read_bytes())
+        found = json.loads(self._checkpoint.read_bytes()) if self._checkpoint.is_file() else None
+        if resume and found is not None:
+            self._saved: Json = found
             _check(self._saved, json.loads(json.dumps(about)))
         else:
+            if found is not None:
+                _check_replaceable(directory, found, about)
             # The checkpoint goes first: without it, what is left of the others does not count.
             for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
                 (directory / name).unlink(missing_ok=True)
@@ -127,12 +132,15 @@ class RunFiles(Callback):
         steps = [*self._records, *history.steps]
         history.steps = [replace(record, evaluation=self._found.get(record.step + 1)) for record in steps]
 
-    def of_version_0(self, evaluate: Callable[[], Evaluation]) -> Evaluation:
-        """The evaluation of version 0, made unless it was made before."""
-        if None not in self._found:
-            self._found[None] = evaluate()
-            self._note(None, self._found[None])
-        return self._found[None]
+    @property
+    def version_0(self) -> Evaluation | None:
+        """The evaluation of version 0, of a run that begins at a later one; None if there is none yet."""
+        return self._found.get(None)
+
+    def keep_version_0(self, evaluation: Evaluation) -> None:
+        """Keep the evaluation of version 0, of a run that begins at a later one."""
+        self._found[None] = evaluation
+        self._note(None, evaluation)
 
     def keep_measured(self, found: Json) -> None:
         """Keep what was measured; nothing when it is about to be begun."""
@@ -163,6 +171,16 @@ class RunFiles(Callback):
 
     def _write(self) -> None:
         write_atomically(self._checkpoint, json.dumps(self._saved).encode())
+
+
+def _check_replaceable(directory: Path, found: Json, about: Mapping[str, Any]) -> None:
+    """Raises CommandFailed where a run would take the place of one that somebody may still want."""
+    elsewhere = "give another directory with --out"
+    if found["name"] != about["name"]:
+        raise CommandFailed(f"{directory} holds a run of {found['name']}: {elsewhere}")
+    # A run that begins at version 0 needs no such care: the adapter that was trained there is gone.
+    if about["continue"] and found["trainer"] is not None and not (directory / RESULT).is_file():
+        raise CommandFailed(f"{directory} holds a run that was cut off: go on with it by --resume, or {elsewhere}")
 
 
 def _check(saved: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> None:

@@ -44,7 +44,8 @@ def _described(run: Path, directory: Path) -> dict[str, Any]:
     losses = [step["loss"] for step in steps if step["loss"] is not None]
     task = _task(run / TASK)
     metric = task.metric if task is not None and task.metric is not None else "accuracy"
-    figures = [line[metric] for line in evaluations if line[metric] is not None]
+    # Version 0's, where a run begins at a later one, is not the run's own.
+    figures = [line[metric] for line in evaluations if line["step"] is not None and line[metric] is not None]
     under_way = is_locked(run)
     result = json.loads((run / RESULT).read_bytes()) if (run / RESULT).is_file() else {}
     return {
@@ -93,12 +94,13 @@ def _table(found: list[dict[str, Any]]) -> Table:
     def shown(value: float | None, form: str) -> str:
         return NONE if value is None else format(value, form)
 
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("run", no_wrap=True)
-    for heading in ("adapter", "task", "state"):
-        table.add_column(heading)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Where the terminal is narrow, names give way: figures that are cut off say nothing.
+    for heading in ("run", "adapter", "task"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("state", no_wrap=True)
     for heading in ("steps", "loss", "metric", "before", "after", "best", "seconds"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=heading != "metric")
     for run in found:
         table.add_row(
             run["name"],

@@ -168,7 +168,6 @@ def _run_transformers(
 
     os.environ |= key_environment(api_key, keys)
     try:
-        tenants = open_tenants(state, host)
+        serve_app(model, host, port, state, dtype or "float32", open_tenants(state, host))
     except ValueError as error:
         raise CommandFailed(str(error)) from None
-    serve_app(model, host, port, state, dtype or "float32", tenants)

@@ -37,9 +37,9 @@ def top(
 ) -> None:
     """Watch adapters train and serve, until Ctrl-C.
 
-    The operator's key, or none on a server without keys, shows tenants and adapters, from /metrics and the list of
-    adapters. /metrics is closed to a tenant's key, which shows the tenant's adapters, their versions and updates a
-    second, from the list alone.
+    With the operator's key, or where there are no keys: tenants and adapters, by /metrics and the list of adapters.
+
+    With a tenant's key, to which /metrics is closed: the tenant's adapters, their versions and updates a second.
     """
     with reporting(as_json) as output, options.connect(url, api_key) as client:
         if not (once or as_json or sys.stdout.isatty()):
@@ -198,17 +198,17 @@ def _shown(heading: str, look: dict[str, Any]) -> RenderableType:
                 adapter["name"], adapter["state"], str(adapter["version"]), _number(adapter["updates_per_second"])
             )
 
-    table = Table(box=box.SIMPLE_HEAD)
-    # Where the terminal is narrow, the other columns give way.
-    table.add_column("adapter", no_wrap=True)
-    table.add_column("state")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Where the terminal is narrow, names go on in the next line: figures that are cut off say nothing.
+    table.add_column("adapter", overflow="fold")
+    table.add_column("state", no_wrap=True)
     columns = ["version", "updates/s"]
     lines = [heading]
     if look["server"] is not None:
         columns += ["probes/s", "tokens/s", "losses p50", "p95", "under way"]
         lines.append(_summary(look["server"]))
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for tenant in sorted(look["tenants"] or (), key=lambda found: (-(found["tokens_per_second"] or 0), found["name"])):
         table.add_row(
             tenant["name"],

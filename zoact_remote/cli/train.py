@@ -148,6 +148,8 @@ def _train(config: RunConfig, api_key: str | None, output: Output, *, resume: bo
     # Records are split and not rows, so that no conversation has turns on both sides.
     parts = split(records, config.hold_out) if config.eval_data is None else (records, load_records(config.eval_data))
     training, held_out = made.rows(parts[0]), made.examples(parts[1])
+    if not held_out:
+        output.note("no records are held out: what the run brings is not evaluated")
     directory = Path(config.out or Path("runs", config.adapter.replace("/", "-")))
     with options.connect(config.url, api_key) as client:
         run = train_adapter(

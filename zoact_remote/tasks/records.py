@@ -39,14 +39,20 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
             datasets. Where the hub numbers labels and names them, records have the names.
 
     Raises:
-        RecordError: a record cannot be read; the message names file and line. Or a library is missing.
+        RecordError: a record cannot be read, and the message names file and line; or there is none; or a library is
+            missing.
         OSError: the file cannot be opened.
 
     """
     path = Path(source)
-    if path.is_file() or path.suffix in _READERS:
-        return list(_READERS.get(path.suffix, _read_jsonl)(path))
-    return list(_read_hub(os.fspath(source)))
+    in_file = path.is_file() or path.suffix in _READERS
+    try:
+        found = list(_READERS.get(path.suffix, _read_jsonl)(path) if in_file else _read_hub(os.fspath(source)))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{source}: not UTF-8: {error}") from None
+    if not found:
+        raise RecordError(f"{source}: holds no records")
+    return found
 
 
 def load_jsonl(path: str | os.PathLike[str]) -> list[Record]:

@@ -142,6 +142,8 @@ class Task:
         if kind != "messages":
             check(self.template, "template")
         self._check()
+        if self.labels is not None and not any(map(has_fields, (str(self.template), *self.labels.values()))):
+            raise InvalidValue("template", f"needs a field in braces, such as {{text}}; got {self.template!r}")
         if self.metric not in METRICS[kind]:
             raise InvalidValue("metric", f"must be one of {', '.join(METRICS[kind])} here, got {self.metric!r}")
         if self.metric == "macro_f1" and any(map(has_fields, (self.labels or {}).values())):

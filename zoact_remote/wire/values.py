@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias, TypedDict, get_args
 from zoact_remote.errors import InvalidValue
 from zoact_remote.noise import MAX_SEED
 
+NAME = r"[a-z0-9][a-z0-9._-]{0,62}"
+"""A tenant's name, and what stands behind it in an adapter's, as a regular expression."""
 Text: TypeAlias = str | Sequence[int]
 """Text, which the server tokenises, or its token ids."""
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from zoact_remote import EarlyStopping, Guard
-from zoact_remote.cli.data import make_task, split, spread
+from zoact_remote.cli.data import make_task, split, spread, task_of, task_table
 from zoact_remote.cli.output import CommandFailed
 from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
 from zoact_remote.optimizers import SGD, Adam, GaussianAdam
@@ -29,12 +29,19 @@ def test_tasks_from_options() -> None:
     [
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "messages"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "completion"),
+        ({"prompt": "It was", "choices": [" bad", " good"], "answer": 1}, "choices"),
     ],
 )
 def test_records_that_say_what_they_are(record: dict[str, Any], kind: str) -> None:
     task = make_task([record])
     assert task.kind == kind
     assert task.rows([record]) == [record]
+
+
+def test_words_for_labels_need_no_template() -> None:
+    labels = ["0= bad", "1= good"]
+    table = task_table(None, None, labels, None, None, None)
+    assert task_of([], table) == make_task([], labels=labels)
 
 
 @pytest.mark.parametrize(

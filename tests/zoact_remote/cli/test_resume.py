@@ -192,6 +192,26 @@ def test_a_run_that_is_not_resumed_forgets_the_one_before(data: str, name: str, 
     assert [record["version"] for record in metrics] == list(range(5, 10))
 
 
+def test_a_run_of_another_adapter_is_not_forgotten(data: str, name: str, client: Client) -> None:
+    run("train", data, "--adapter", name, *OPTIONS, "--out", "results")
+    before = Path("results/checkpoint.json").read_bytes()
+    refused = run("train", data, "--adapter", f"{name}-b", *OPTIONS, "--out", "results", code=1).stderr
+    assert f"results holds a run of {name}: give another directory with --out" in refused
+    assert Path("results/checkpoint.json").read_bytes() == before
+    assert f"{name}-b" not in [adapter.name for adapter in client.adapters()]
+
+
+def test_a_run_that_was_cut_off_is_not_forgotten_for_one_that_trains_further(
+    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any
+) -> None:
+    cut_off(7, answered=False)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    assert "go on with it by --resume" in run(*train, "--continue", code=1).stderr
+    run(*train, "--resume")
+    assert left(name) == undisturbed
+
+
 def test_a_directory_is_enough(data: str, name: str, undisturbed: dict[str, Any], cut_off: Any) -> None:
     cut_off(5, 8, answered=True)
     assert attempt("train", data, "--adapter", name, *OPTIONS) == INTERRUPTED

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import KEY
+from tests.support import KEY, Server
 from tests.zoact_remote.cli.support import run
 from zoact_remote.cli import serve
 
@@ -40,6 +40,12 @@ def test_a_share_that_is_none_is_refused(share: str) -> None:
     error = run("serve", "model", "--training-share", share, "--print", code=1).stderr
     assert "--training-share" in error
     assert "above 0 and at most 1" in error
+
+
+def test_a_state_directory_in_use_is_refused_in_a_line(tiny_model: Path, server: Server) -> None:
+    arguments = ("serve", str(tiny_model), "--engine", "transformers", "--state", str(server.state))
+    refused = run(*arguments, code=1).stderr
+    assert f"error: another server uses {server.state} (process" in refused
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("transformers", "server")])

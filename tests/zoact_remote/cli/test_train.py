@@ -128,6 +128,7 @@ def test_train_on_one_file_and_evaluate_on_another(data: str, name: str, client:
 def test_train_without_evaluation(data: str, name: str, client: Client) -> None:
     result = run("train", data, "--adapter", name, *SHORT, "--hold-out", "0")
     assert f"{name} is at version 2" in result.stdout
+    assert "no records are held out" in result.stderr
     assert client.adapter(name).info.version == 2
     assert read_json(results_of(name) / "result.json")["results"] == {}
 
@@ -140,6 +141,9 @@ def test_an_adapter_is_not_trained_twice_by_accident(data: str, name: str, clien
     made = run_json(*train, "--continue")
     assert made["version"] == 4
     assert made["results"]["zero_shot"] == figures(client.adapter(name), ROWS, version=0)
+    assert made["results"]["before_this_run"] == figures(client.adapter(name), ROWS, version=2)
+    (listed,) = run_json("runs")["runs"]
+    assert listed["before"] == made["results"]["before_this_run"]["accuracy"]
 
 
 def test_a_run_that_fails_leaves_its_curves(data: str, name: str, client: Client) -> None:

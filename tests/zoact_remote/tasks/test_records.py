@@ -44,7 +44,7 @@ def test_tabs_come_without_quotes(tmp_path: Path) -> None:
     assert load_records(file(tmp_path, "r.tsv", TABS)) == [{"text": 'She said "no', "label": "0"}]
 
 
-@given(rows=st.lists(st.tuples(st.text(min_size=1), st.text()), max_size=4))
+@given(rows=st.lists(st.tuples(st.text(min_size=1), st.text()), min_size=1, max_size=4))
 def test_what_csv_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("csv") / "r.csv"
     rows = [(a.encode(errors="replace").decode(), b.encode(errors="replace").decode()) for a, b in rows]
@@ -63,6 +63,8 @@ def test_what_csv_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: 
         ("r.csv", 'a,b\n"x\ny",2\n1,2,3\n', ":4: has 3 cells, not one for each of 'a', 'b'"),
         ("r.csv", "a,b\n1,2\n1", ":3: has 1 cells"),
         ("r.csv", 'a,b\n1,2\n"x"y,2', ":3: "),
+        ("r.csv", "a,b\n", ": holds no records"),
+        ("r.jsonl", "\n", ": holds no records"),
     ],
 )
 def test_lines_that_hold_no_record(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -70,6 +72,13 @@ def test_lines_that_hold_no_record(name: str, content: str, message: str, tmp_pa
     with pytest.raises(RecordError) as caught:
         load_records(path)
     assert str(caught.value).startswith(f"{path}{message}")
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    path.write_bytes("a,b\nCaf\u00e9,1\n".encode("latin-1"))
+    with pytest.raises(RecordError, match=r"r\.csv: not UTF-8"):
+        load_records(path)
 
 
 def test_a_missing_file_is_no_data_set() -> None:

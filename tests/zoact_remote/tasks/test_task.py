@@ -129,6 +129,7 @@ def test_choices_need_a_label_each() -> None:
         ({"template": "t", "labels": {0: " a", 1: 2}}, "labels.1", "must be text, got 2"),
         ({"template": "t", "labels": {0: " a", 1: "{"}}, "labels.1", "Single"),
         ({"template": "t", "labels": [" a", " b"]}, "labels", "must be a table"),
+        ({"template": "t", "labels": {0: " a", 1: " b"}}, "template", "needs a field in braces"),
         ({"template": "t", "labels": {0: "a", 1: "b"}, "stop": "."}, "stop", "is not for a task with labels"),
         ({"template": "t", "completion": "c", "label_field": "x"}, "label_field", "is not for a task with completion"),
         ({"template": "t", "messages": "m"}, "template", "is not for a task with messages"),
