@@ -16,7 +16,7 @@ from zoact_remote.exports import pack
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
 from zoact_remote.tenants import Tenants
-from zoact_remote.transport import REFUSED, Transport
+from zoact_remote.transport import PASSING, Transport
 from zoact_remote.wire import AdapterInfo, Basis, Info
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Client:
 
         """
         other = copy.copy(self)
+        other.__dict__.pop("tenants", None)  # of the client that it is a copy of
         other._transport = self._transport.with_options(timeout=timeout, retries=retries, patience=patience)
         return other
 
@@ -98,15 +99,18 @@ class Client:
 
         Raises:
             CallFailed: the last failure, if the server does not answer in time; at once, if it answers with an error
-                other than that it is busy.
+                other than that it, or a gateway before it, is not ready.
 
         """
         deadline = time.monotonic() + timeout
         while True:
+            left = max(POLL_S, deadline - time.monotonic())
+            connect, read = self._transport.timeout
+            patient = self._transport.with_options(timeout=(min(connect, left), min(read, left)))
             try:
-                return self._transport.call("GET", "/info", Info.from_json, repeatable=True, once=True)
+                return patient.call("GET", "/info", Info.from_json, repeatable=True, once=True)
             except CallFailed as error:
-                waiting = isinstance(error, ConnectionFailed) or error.status in REFUSED
+                waiting = isinstance(error, ConnectionFailed) or error.status in PASSING
                 if not waiting or time.monotonic() + POLL_S > deadline:
                     raise
             time.sleep(POLL_S)

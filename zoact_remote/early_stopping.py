@@ -107,6 +107,9 @@ class EarlyStopping(Callback):
             self._gained, self._waited = found, 0
 
     def _is_better(self, found: Mark, than: Mark, by: float = 0.0) -> bool:
+        # Whatever is a number is better than what is none.
+        if math.isnan(than.figure) and not math.isnan(found.figure):
+            return True
         gain = than.figure - found.figure if self.metric in LESS_IS_BETTER else found.figure - than.figure
         return gain > by or (by == 0.0 and found.figure == than.figure and found.loss < than.loss)
 

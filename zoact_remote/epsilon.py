@@ -113,8 +113,9 @@ def _least_error(eps: NDArray[np.float64], odd: NDArray[np.float64]) -> EpsilonC
     # Too near, a change may be lost to rounding altogether, which would pass for a loss without noise; too far, the
     # loss may overflow.
     seen = np.isfinite(odd).all(axis=0) & (odd != 0.0).all(axis=0)
-    first = int(np.argmax(seen))
-    count = int(np.argmin(np.append(seen[first:], False)))
+    edges = np.flatnonzero(np.diff(seen, prepend=False, append=False))
+    first, end = max(edges.reshape(-1, 2).tolist(), key=lambda run: run[1] - run[0], default=(0, 0))
+    count = end - first
     if count < FEWEST:
         raise Inconclusive(f"the loss is finite, and changes, at {count} distances in a row; {FEWEST} are needed")
     eps, odd = eps[first : first + count], odd[:, first : first + count]

@@ -100,7 +100,10 @@ class Evaluation:
         return value
 
     def to_json(self) -> Json:
-        """The figures, without those of single rows. Those of generated text are left out where there is none."""
+        """The figures, without those of single rows, fit for JSON: those that are not finite are None.
+
+        Those of generated text are left out where there is none.
+        """
         figures = {
             "version": self.version,
             "loss": self.loss,
@@ -112,7 +115,8 @@ class Evaluation:
             "tokens": self.tokens,
         }
         of_text = {name: getattr(self, name) for name in metrics.OF_TEXT}
-        return figures | {name: value for name, value in of_text.items() if value is not None}
+        figures |= {name: value for name, value in of_text.items() if value is not None}
+        return {name: value if value is None or math.isfinite(value) else None for name, value in figures.items()}
 
 
 def evaluate(

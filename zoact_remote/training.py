@@ -304,7 +304,7 @@ class Trainer:
             "pending": None if self._pending is None else self._pending.to_json(),
             "optimizer": self.optimizer.state_dict(),
             "rate_scale": self.rate_scale,
-            "callbacks": {callback.kind: callback.state_dict() for callback in self._callbacks() if callback.kind},
+            "callbacks": {name: callback.state_dict() for name, callback in self._stateful().items()},
             "unfinished": self.history.steps[-1].to_json() if self._unfinished else None,
         }
 
@@ -316,7 +316,7 @@ class Trainer:
                 schedule, optimiser or callbacks; the field that differs is named.
 
         """
-        stateful = {callback.kind: callback for callback in self._callbacks() if callback.kind}
+        stateful = self._stateful()
         for name, value in (self._identity | {"callbacks": [*stateful]}).items():
             was = list(state[name]) if name == "callbacks" else state.get(name)
             if was != value:
@@ -327,8 +327,8 @@ class Trainer:
                     "schedule", f"was {rate:g} at step {step} in the saved state, is {self.schedule(step):g} here"
                 )
         self.optimizer.load_state_dict(state["optimizer"])
-        for kind, callback in stateful.items():
-            callback.load_state_dict(state["callbacks"][kind])
+        for name, callback in stateful.items():
+            callback.load_state_dict(state["callbacks"][name])
         self.run_id = state["run"]
         self.rate_scale = state["rate_scale"]
         self.step = state["step"]
@@ -336,6 +336,15 @@ class Trainer:
         self._pending = None if state["pending"] is None else change_from_json(state["pending"])
         self._unfinished = state["unfinished"] is not None
         self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
+
+    def _stateful(self) -> dict[str, Callback]:
+        """Callbacks with a state to keep, by kind; further ones of a kind have a number behind it."""
+        found: dict[str, Callback] = {}
+        for callback in self._callbacks():
+            if callback.kind is not None:
+                count = sum(other.kind == callback.kind for other in found.values())
+                found[f"{callback.kind} {count + 1}" if count else callback.kind] = callback
+        return found
 
     @cached_property
     def _identity(self) -> Json:

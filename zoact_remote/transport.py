@@ -8,6 +8,9 @@ A server that has answered before and is then gone (the connection refused or br
 restarted, which takes minutes where it must load a model: it is waited for patiently. A server that never answered is
 given up after a few attempts, since its URL is probably wrong.
 
+A server that refuses a call for now and says for how long (429 with Retry-After) is waited for as patiently: threads
+that share one limit may each be refused many times before their turn.
+
 Every call that is sent again is logged first ("zoact_remote", as a warning), with the reason and the delay.
 
 Answers name their call by its request id. One that names another call of ours comes from a connection on which answers
@@ -19,13 +22,14 @@ from __future__ import annotations
 import copy
 import ipaddress
 import logging
+import random
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import IO, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
 import tenacity
@@ -37,7 +41,8 @@ log = logging.getLogger("zoact_remote")
 log.addHandler(logging.NullHandler())
 
 PREFIX = "/zoact/v1"
-REFUSED = frozenset({429, 503})
+TOO_MANY = 429
+REFUSED = frozenset({TOO_MANY, 503})
 """The server has not acted on the call, and will take it later."""
 PASSING = REFUSED | {502, 504}
 """A gateway failed; the server may have acted on the call."""
@@ -72,7 +77,7 @@ class Transport:
         timeout: seconds to connect, and seconds between bytes of an answer.
         retries: how often a call is sent again at most, but for a server that is waited for.
         patience: seconds that a server is waited for, summed over the pauses of one call, if it has answered before
-            and is then gone.
+            and is then gone, or says that there were too many calls.
         sleep: waits for a number of seconds; tests replace it.
 
     """
@@ -226,9 +231,14 @@ class Transport:
                     params=params,
                     headers={ID_HEADER: request_id},
                     timeout=self.timeout,
+                    # Followed, a POST would arrive as a GET without its body.
+                    allow_redirects=False,
                     # A body that nobody reads takes its connection with it, which an answer to another call must.
                     stream=True,
                 ) as response:
+                    if response.is_redirect:
+                        place = urljoin(response.url, response.headers["location"])
+                        raise InvalidValue("url", f"{self.url} redirects to {place}: give the server's own URL")
                     answered = response.headers.get(ID_HEADER, request_id)
                     if answered != request_id and answered.startswith(ID_PREFIX):
                         raise requests.ConnectionError(f"the answer is to another call, {answered}")
@@ -248,7 +258,8 @@ class Transport:
         def stop(state: tenacity.RetryCallState) -> bool:
             if once or state.attempt_number <= self.retries:
                 return once
-            patient = self._has_answered and state.outcome is not None and _is_gone(state.outcome.exception())
+            error = None if state.outcome is None else state.outcome.exception()
+            patient = self._has_answered and (_is_gone(error) or _is_too_soon(error))
             return not patient or state.idle_for >= self.patience
 
         retrying = tenacity.Retrying(
@@ -288,10 +299,17 @@ def _is_gone(error: BaseException | None) -> bool:
     return isinstance(error, CallFailed) and error.status in GONE
 
 
+def _is_too_soon(error: BaseException | None) -> bool:
+    return isinstance(error, CallFailed) and error.status == TOO_MANY and error.retry_after is not None
+
+
 def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome is not None else None
     asked = error.retry_after if isinstance(error, CallFailed) else None
-    return BACKOFF(state) if asked is None else asked
+    if asked is None:
+        return BACKOFF(state)
+    # Those who were refused together must not all come back together.
+    return asked + random.uniform(0.0, max(asked, 0.5)) if _is_too_soon(error) else asked
 
 
 def _log_wait(state: tenacity.RetryCallState) -> None:

@@ -122,8 +122,15 @@ def test_metrics_are_text_beside_the_calls(client: Client, server: responses.Req
 def test_wait_until_ready(client: Client, server: responses.RequestsMock) -> None:
     server.get(f"{API}/info", body=requests.ConnectionError("refused"))
     server.get(f"{API}/info", status=503)
+    server.get(f"{API}/info", status=502, body="<html>Bad Gateway</html>")
     server.get(f"{API}/info", json=INFO)
     assert client.wait_until_ready(timeout=5).model == "tiny"
+
+
+def test_options_are_those_of_the_copy_alone(client: Client) -> None:
+    before = client.tenants
+    assert client.with_options(retries=0).tenants is not before
+    assert client.tenants is before
 
 
 def test_wait_until_ready_gives_up(client: Client, server: responses.RequestsMock) -> None:

@@ -47,6 +47,28 @@ def test_a_gain_must_be_worth_it() -> None:
     assert trainer(Regression(), callbacks=[EarlyStopping(3, min_delta=0.0)], **learning).run().stopped is None
 
 
+def test_callbacks_of_a_kind_are_resumed_each_as_it_was() -> None:
+    def watched() -> list[EarlyStopping]:
+        return [EarlyStopping(None, metric="loss"), EarlyStopping(None, metric="loss", min_delta=1e6)]
+
+    first, second = watched(), watched()
+    learning = dict(OPTIONS, eval_rows=ROWS)
+    run = trainer(Regression(), callbacks=first, **learning)
+    run.run()
+    again = trainer(Regression(), callbacks=second, **learning)
+    again.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    states = [json.loads(json.dumps(callback.state_dict())) for callback in first]
+    assert states[0] != states[1], "they must differ for this test"
+    assert [json.loads(json.dumps(callback.state_dict())) for callback in second] == states
+
+
+def test_a_figure_that_is_no_number_is_not_the_best() -> None:
+    watch = EarlyStopping(3, metric="loss")
+    for version, loss in enumerate([math.nan, 2.0, math.nan, 1.0]):
+        watch._see(Evaluation(version, loss, None, None, (), (), tokens=1))
+    assert watch.state_dict()["best"][0] == 3
+
+
 @pytest.mark.parametrize("patience", [3, None])
 def test_it_returns_to_the_best(patience: int | None) -> None:
     adapter = Regression()

@@ -125,6 +125,14 @@ def test_distances_that_show_nothing_are_passed_over() -> None:
     assert 2.0**-9 <= choose_epsilon(Line(loss), ROWS).epsilon <= 2.0**-5
 
 
+def test_a_distance_that_shows_something_among_those_that_do_not_is_passed_over() -> None:
+    def loss(seed: int, t: float) -> float:
+        flat = DISTANCES[0] < abs(t) <= DISTANCES[1]
+        return 0.0 if flat else (1.0 + seed) * t + 200.0 * t**3 + 1e-4 * math.sin(1e6 * t)
+
+    assert choose_epsilon(Line(loss), ROWS).epsilon > DISTANCES[1]
+
+
 def test_what_cannot_be_measured_is_said() -> None:
     with pytest.raises(Inconclusive, match="at 0 distances"):
         choose_epsilon(Line(lambda seed, t: 1.0), ROWS)

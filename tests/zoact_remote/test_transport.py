@@ -134,8 +134,37 @@ def test_retry_after_in_seconds_and_as_a_date(transport: Transport, waits: list[
     responses.get(INFO, json={})
     transport.call("GET", "/info", same, repeatable=True)
     assert waits[0] == 7.0
-    assert 25.0 < waits[1] <= 30.0
+    assert 25.0 < waits[1] <= 60.0
     assert 0.0 < waits[2] < 31.0
+
+
+@responses.activate
+def test_too_many_calls_are_waited_for_patiently(transport: Transport, waits: list[float]) -> None:
+    for _ in range(10):
+        responses.get(INFO, status=429, headers={"Retry-After": "1"})
+    responses.get(INFO, json={})
+    transport.call("GET", "/info", same, repeatable=True)
+    assert len(waits) == 10, "more than the retries"
+    assert all(1.0 <= wait <= 2.0 for wait in waits)
+    assert len(set(waits)) > 1, "those who are refused together do not come back together"
+
+
+@responses.activate
+def test_patience_with_too_many_calls_ends(waits: list[float]) -> None:
+    responses.get(INFO, status=429, headers={"Retry-After": "1"})
+    transport = Transport(URL, retries=3, patience=20.0, sleep=waits.append)
+    with closing(transport), pytest.raises(errors.RateLimited):
+        transport.call("GET", "/info", same, repeatable=True)
+    assert 20.0 <= sum(waits) <= 22.0
+
+
+@responses.activate
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_redirects_are_named_and_not_followed(transport: Transport, status: int) -> None:
+    responses.post(INFO, status=status, headers={"Location": "https://server/zoact/v1/info"})
+    with pytest.raises(errors.InvalidValue, match="redirects to https://server/zoact/v1/info: give the server's own"):
+        transport.call("POST", "/info", same, json={}, repeatable=True)
+    assert len(responses.calls) == 1
 
 
 @responses.activate

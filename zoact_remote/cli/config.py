@@ -44,7 +44,7 @@ class RunConfig:
     hold_out: float = setting(
         0.2,
         "data",
-        "Share at the end of the training records to evaluate on, where there are no others.",
+        "Share of the training records to evaluate on instead, where there are no others.",
         least=0,
         most=0.9,
     )

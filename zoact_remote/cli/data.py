@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,9 +137,12 @@ def spread(rows: Sequence[T], most: int) -> list[T]:
 
 
 def split(rows: Sequence[T], held_out: float) -> tuple[list[T], list[T]]:
-    """The rows, and the share at their end that is held out of training."""
-    count = round(len(rows) * held_out)
-    return list(rows[: len(rows) - count]), list(rows[len(rows) - count :])
+    """The rows, and a share of them that is held out of training: always the same ones, from anywhere in their order.
+
+    A file may be in order of label.
+    """
+    chosen = set(random.Random(0).sample(range(len(rows)), round(len(rows) * held_out)))
+    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
 
 
 def _named_task(name: str) -> Task:

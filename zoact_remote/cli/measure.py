@@ -68,7 +68,9 @@ def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, 
             found |= {"learning_rate": test.learning_rate, "range_test": [test.learning_rates, test.losses]}
             output.note(f"learning rate {test.learning_rate:.2g}: a step breaks even at {test.break_even:.2g}")
     except Inconclusive as error:
-        raise Inconclusive(f"{error}; or give --epsilon and --learning-rate as numbers") from None
+        # The adapter is back at what it was, but by a rollback, which is a version like any other.
+        further = " and --continue" if adapter.refresh().version else ""
+        raise Inconclusive(f"{error}; or give --epsilon and --learning-rate as numbers{further}") from None
     return found
 
 

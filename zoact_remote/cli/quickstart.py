@@ -41,7 +41,7 @@ def quickstart(
         str | None,
         typer.Option(
             help="Train on this in place of the tickets: a file with text and label, or a classification "
-            "data set on the hub (needs 'datasets'). The last fifth is held out.",
+            "data set on the hub (needs 'datasets'). A fifth is held out.",
             metavar="FILE|NAME",
         ),
     ] = None,

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from zoact_remote import Adapter, Row
 from zoact_remote.cli.app import app
+from zoact_remote.cli.data import split
 from zoact_remote.tasks import Task
 
 ServeScript = Callable[[str], None]
@@ -23,7 +24,7 @@ ServeScript = Callable[[str], None]
 RECORDS = [{"text": f"ticket {i}", "label": ("billing", "bug")[i % 2]} for i in range(20)]
 TASK = Task("{text}\nCategory:", {"billing": " billing", "bug": " bug"})
 """The task that commands make of the records where no option says otherwise."""
-HELD_OUT = RECORDS[16:]
+HELD_OUT = split(RECORDS, 0.2)[1]
 """The fifth that commands hold out by default."""
 
 

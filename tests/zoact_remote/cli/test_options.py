@@ -62,7 +62,14 @@ def test_tasks_that_cannot_be_made(arguments: dict[str, Any], message: str) -> N
 
 
 def test_rows_are_split_and_spread() -> None:
-    assert split(list(range(10)), 0.2) == (list(range(8)), [8, 9])
+    training, held_out = split(list(range(100)), 0.2)
+    assert (len(training), len(held_out)) == (80, 20)
+    assert sorted(training) == training
+    assert sorted(held_out) == held_out
+    assert sorted([*training, *held_out]) == list(range(100))
+    assert 4 < sum(row < 50 for row in held_out) < 16, "a file may be in order of label"
+    assert 4 < sum(row % 2 for row in held_out) < 16, "or its labels may take turns"
+    assert split(list(range(100)), 0.2) == (training, held_out)
     assert spread(list(range(10)), 4) == [0, 2, 5, 7]
     assert spread([1, 2], 4) == [1, 2]
 

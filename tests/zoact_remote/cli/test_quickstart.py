@@ -18,6 +18,7 @@ from tests.support import Server
 from tests.zoact_remote.cli.support import HELD_OUT, TASK, ServeScript, figures, is_running, read_json, run, run_json
 from zoact_remote import Client, NotFound
 from zoact_remote.cli import local_server
+from zoact_remote.cli.data import split
 from zoact_remote.cli.quickstart import ADAPTER
 from zoact_remote.locks import lock
 
@@ -34,7 +35,7 @@ def test_quickstart_serves_trains_exports_and_cleans_up(data: str, tiny_model: P
         assert np.isfinite(result["loss"])
         assert result["rows"] == 4
     assert made["generation"]["prompt"] == ROWS[0]["prompt"]
-    assert made["generation"]["expected"] == " billing"
+    assert made["generation"]["expected"] == ROWS[0]["choices"][ROWS[0]["answer"]]
     exported = read_json(out / "adapter/zoact.json")
     assert (exported["version"], exported["coefficients_digest"]) == (2, made["digest"])
     assert (out / "adapter/adapter_model.safetensors").is_file()
@@ -107,8 +108,9 @@ def test_quickstart_on_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     hub = SimpleNamespace(load_dataset=lambda name, split: records)
     monkeypatch.setitem(sys.modules, "datasets", hub)
     made = run_json("quickstart", "--dataset", "films", "--model", "m", "--steps", "1")
-    assert made["generation"]["prompt"] == "film 8\nCategory:"
-    assert made["generation"]["expected"] == " bad"
+    shown = split(records, 0.2)[1][0]
+    assert made["generation"]["prompt"] == f"{shown['sentence']}\nCategory:"
+    assert made["generation"]["expected"] == f" {('bad', 'good')[shown['label']]}"
 
 
 def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
