@@ -40,6 +40,8 @@ ROOM_BY_TENSOR = 256
 """Bytes beside its name, which may stand in the configuration too, by which a tensor is described."""
 LARGEST_JSON = 1 << 20
 """Bytes of a JSON file."""
+LONGEST_HEAD = 4 * LARGEST_JSON
+"""Bytes that describe tensors, which are read as one piece of JSON."""
 ROOM = 3 * LARGEST_JSON
 """Bytes of an archive that are no tensor's."""
 ORTHONORMAL = 1e-5
@@ -108,7 +110,7 @@ def read_lora(archive: BufferedIOBase, sites: Sequence[Site], max_rank: int, mod
         if model != model_digest:
             raise invalid(f"{ABOUT}: model_digest", f"is {model}, another model's; this one's is {model_digest}")
     try:
-        halves = _halves(TensorFile(files[TENSORS], TENSORS), sites, rank)
+        halves = _halves(TensorFile(files[TENSORS], TENSORS, LONGEST_HEAD), sites, rank)
     except InvalidValue as error:
         raise invalid(error.param, str(error).removeprefix(f"{error.param}: ")) from None
     return _fold(halves, scaling, max_rank)

@@ -10,6 +10,7 @@ between the two, and the next replay fills it in, or the next change.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -198,14 +199,22 @@ class Journal:
         query = "SELECT coalesce(max(version), 0) FROM entries WHERE adapter = ?"
         return int(self._db.execute(query, (adapter,)).fetchone()[0])
 
-    def entries(self, adapter: str, after: int = 0, until: int | None = None, limit: int = -1) -> list[Entry]:
-        """Entries with ``after < version <= until``, in order."""
+    def entries(
+        self, adapter: str, after: int = 0, until: int | None = None, limit: int = -1, terms: float = math.inf
+    ) -> list[Entry]:
+        """Entries with ``after < version <= until``, in order: at most ``limit``, and none after so many terms."""
         query = (
             f"SELECT {ENTRY_COLUMNS} FROM entries "
             "WHERE adapter = ? AND version > ? AND version <= ? ORDER BY version LIMIT ?"
         )
         bounds = (adapter, after, 2**62 if until is None else until, limit)
-        return [_entry(*row) for row in self._db.execute(query, bounds)]
+        found: list[Entry] = []
+        for row in self._db.execute(query, bounds):
+            found.append(_entry(*row))
+            terms -= _terms_in(found[-1].change)
+            if terms <= 0:
+                break
+        return found
 
     def find(self, adapter: str, idempotency_key: str) -> Entry | None:
         """The entry that was written under a key."""
@@ -238,6 +247,12 @@ class Journal:
                 entries.append(entry)
                 version -= 1
         return version, entries[::-1]
+
+
+def _terms_in(change: Change) -> int:
+    if isinstance(change, Rollback):
+        return 0
+    return len(change.terms) + (0 if change.normaliser is None else len(change.normaliser.terms))
 
 
 def _entry(

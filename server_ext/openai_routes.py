@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from pydantic import TypeAdapter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,6 +60,7 @@ TEXT = frozenset(
 MODELS = "/v1/models"
 METRICS = "/metrics"
 PRIORITY_HEADER = "x-vllm-priority"
+WHOLE_NUMBER = TypeAdapter(int)
 STORED = ("background", "previous_response_id")
 """Members of a request to ``/v1/responses`` that speak of other responses."""
 WORKERS_OWN = "zoact_"
@@ -312,9 +314,11 @@ def _check_extra_arguments(arguments: Any) -> None:
 
 def _check_priority(value: Any, param: str) -> None:
     """Raises ApiError for a priority before that of all others. What is no number, vLLM refuses or ignores."""
-    with suppress(TypeError, ValueError, OverflowError):
-        if int(value) < FOREGROUND:
-            raise invalid(param, f"must be at least {FOREGROUND}: only the operator's requests go before others")
+    # vLLM reads headers as Python does, and bodies as pydantic does, which takes more for whole numbers.
+    for read in (int, WHOLE_NUMBER.validate_python):
+        with suppress(TypeError, ValueError, OverflowError):
+            if read(value) < FOREGROUND:
+                raise invalid(param, f"must be at least {FOREGROUND}: only the operator's requests go before others")
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -28,6 +28,8 @@ from zoact_remote.digest import basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Change, Rollback, Update
 
+PAGE_TERMS = 1 << 15
+"""Terms in a part of an adapter's history that is read at once, while nobody's changes are written."""
 SNAPSHOT_EVERY = 32
 """Changes from one snapshot to the next."""
 
@@ -169,7 +171,7 @@ class Registry:
         self, adapter: Adapter, vectors: dict[str, NDArray[np.float32]], energy: dict[str, float], positions_seen: int
     ) -> str:
         """Gives an adapter its basis, and returns the digest of it."""
-        digest = basis_digest(vectors)
+        digest = await in_thread(basis_digest, vectors)
         await in_thread(self._files.write_basis, adapter.row.key, vectors)
         found = {"digest": digest, "energy": energy, "positions_seen": positions_seen}
         basis = adapter.row.basis.model_copy(update=found)
@@ -262,9 +264,9 @@ class Registry:
     # Versions ---------------------------------------------------------------------------------------------------------
 
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
-        """An adapter's history behind a version."""
+        """An adapter's history behind a version: so many entries, or fewer if they are long."""
         newest, digest = adapter.version, adapter.digest
-        entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit)
+        entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit, PAGE_TERMS)
         # The newest version's digest may be known without having reached the disk.
         return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 

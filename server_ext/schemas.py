@@ -14,6 +14,7 @@ from pydantic import (
     Tag,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from zoact_remote import wire
@@ -27,6 +28,8 @@ MAX_CHOICES = 128
 MAX_STOPS = 16
 """Stop strings that a text may have."""
 MAX_STOP_CHARACTERS = 256
+MOST_MEMBERS = 64
+"""Members of one object: more than any message has."""
 LARGEST_LIMIT = 2**53
 """Larger whole numbers are not exact in everybody's JSON."""
 LARGEST_SCALAR = 1e30
@@ -57,13 +60,22 @@ def _is_unicode(text: str) -> str:
 
 
 Unicode = Annotated[str, AfterValidator(_is_unicode)]
-Text = Unicode | list[Annotated[int, Field(strict=True)]]
+# A list that a caller sends ends at its first mistake: one of a million would be described a million times.
+Text = Unicode | Annotated[list[Annotated[int, Field(strict=True)]], Field(fail_fast=True)]
 
 
 class Message(BaseModel):
     """Base of all messages: unknown members are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_members(cls, value: Any) -> Any:
+        # Each that is unknown would be described.
+        if isinstance(value, dict) and len(value) > MOST_MEMBERS:
+            raise ValueError(f"has {len(value)} members, more than {MOST_MEMBERS}")
+        return value
 
 
 class CompletionRow(Message):
@@ -77,7 +89,7 @@ class ChoicesRow(Message):
     """A prompt, what could follow it and which choice is right. Loss: cross-entropy over the choices, in nats."""
 
     prompt: Text
-    choices: Annotated[list[Text], Field(min_length=2, max_length=MAX_CHOICES)]
+    choices: Annotated[list[Text], Field(fail_fast=True, min_length=2, max_length=MAX_CHOICES)]
     answer: Annotated[int, Field(ge=0, strict=True)]
 
     @field_validator("answer")
@@ -99,7 +111,7 @@ class ChatRow(Message):
     What is scored is all that the template writes from where the assistant speaks last, its end-of-turn mark included.
     """
 
-    messages: Annotated[list[ChatMessage], Field(min_length=2)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=2)]
 
     @field_validator("messages")
     @classmethod
@@ -149,7 +161,7 @@ class BasisSpec(BasisOptions):
 class CreateAdapter(Message):
     name: Annotated[str, Field(pattern=TENANT_ADAPTER, description="tenant/adapter")]
     rank: Annotated[int, Field(ge=1, le=512)] = 4
-    sites: Annotated[list[str], Field(min_length=1)] | None = Field(
+    sites: Annotated[list[str], Field(fail_fast=True, min_length=1)] | None = Field(
         None, description="Full names or last components of layers; all of the model's sites if left out."
     )
     noise: Literal["rademacher", "gaussian"] = "rademacher"
@@ -219,7 +231,7 @@ class Probe(Message):
 class Normaliser(Message):
     """Divides the summed terms, by coordinate, by sqrt(offset + sum_i b_i Z(seed_i)^2) + epsilon."""
 
-    terms: Annotated[list[tuple[Seed, Weight]], Field(max_length=MAX_TERMS)] = []
+    terms: Annotated[list[tuple[Seed, Weight]], Field(fail_fast=True, max_length=MAX_TERMS)] = []
     offset: Weight = 0.0
     epsilon: Annotated[Weight, Field(ge=SMALLEST_DIVISOR)]
 
@@ -228,7 +240,7 @@ class Update(Message):
     """C <- (1 - decay) C + sum_i a_i Z(seed_i): float32, terms in listed order."""
 
     base_version: Version
-    terms: Annotated[list[Term], Field(max_length=MAX_TERMS)]
+    terms: Annotated[list[Term], Field(fail_fast=True, max_length=MAX_TERMS)]
     decay: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     normaliser: Normaliser | None = None
     key: IdempotencyKey | None = None
@@ -256,8 +268,8 @@ class AskLosses(Message):
         None, description="The newest if left out; with an update, none but the version that it leads to."
     )
     base: bool = Field(False, description="Also answer with the unperturbed loss.")
-    probes: Annotated[list[Probe], Field(validate_default=True)] = []
-    rows: Annotated[list[Row], Field(min_length=1)]
+    probes: Annotated[list[Probe], Field(fail_fast=True, validate_default=True)] = []
+    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1)]
     update: Update | None = Field(None, description="Applied first, so that a training step is one round trip.")
 
     @field_validator("probes")
@@ -301,7 +313,7 @@ class SignedProbe(Message):
 class AskScores(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    rows: Annotated[list[Row], Field(min_length=1)]
+    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1)]
 
 
 class RowScores(Message):
@@ -320,14 +332,14 @@ class Scores(Message):
 class AskGeneration(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
     prompt: Annotated[Text | None, Field(validate_default=True)] = None
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: Annotated[
         list[Annotated[Unicode, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOPS, description="The text ends before any of these."),
+        Field(fail_fast=True, max_length=MAX_STOPS, description="The text ends before any of these."),
     ] = []
 
     @field_validator("prompt")

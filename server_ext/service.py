@@ -68,6 +68,8 @@ class Service:
         self._directory = directory
         self.registry = Registry(engine, directory, self.metrics, snapshot_every)
         self._turns = FairQueue(engine.tokens_at_once)
+        # A text holds its place from its first token to its last: those who train would wait long behind it.
+        self._texts = FairQueue(engine.tokens_at_once)
         self._tokeniser = Tokeniser(engine)
         self._scorer = Scorer(engine, self._turns, self.metrics)
         self._creating = asyncio.Lock()
@@ -124,8 +126,10 @@ class Service:
         # An archive of any number of callers' waits on disk, and one of them is taken into memory at a time.
         async with spooled(archive, self._directory) as file, self._importing:
             found = await asyncio.to_thread(read_lora, file, engine.sites, max_rank, engine.model.digest)
-        basis = schemas.BasisInfo(source="imported", digest=basis_digest(found.basis))
-        row = self._row(name, found.layout, noise, basis, coefficients_digest(found.flat, found.layout))
+            digest = await asyncio.to_thread(basis_digest, found.basis)
+            flat_digest = await asyncio.to_thread(coefficients_digest, found.flat, found.layout)
+        basis = schemas.BasisInfo(source="imported", digest=digest)
+        row = self._row(name, found.layout, noise, basis, flat_digest)
         async with self._creating:
             self._check_room(caller, found.layout)
             return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
@@ -291,7 +295,7 @@ class Service:
             )
 
         async def write(point: Point | None) -> GeneratedText:
-            async with self._turns.turn(adapter.row.tenant, len(tokens) + ask.max_tokens):
+            async with self._texts.turn(adapter.row.tenant, len(tokens) + ask.max_tokens):
                 return await self.engine.generate(point, tokens, ask.max_tokens, ask.temperature, ask.seed, ask.stop)
 
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
@@ -330,9 +334,7 @@ class Service:
     async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:
         spec, layout = adapter.row.basis, adapter.layout
         if spec.source == "random":
-            inputs = enumerate(layout.inputs.items())
-            drawn = {name: random_test_matrix(width, layout.rank, spec.seed, i) for i, (name, width) in inputs}
-            return {name: Basis(v.astype(np.float32), float("nan")) for name, v in drawn.items()}, 0
+            return await asyncio.to_thread(_random_basis, layout, spec.seed), 0
         calibration = [CalibrationRow(row.prompt + row.target[:-1], len(row.prompt)) for row in rows]
         tokens = spec.passes * sum(len(row.tokens) for row in calibration)
         try:
@@ -363,6 +365,13 @@ class Service:
             if probe is not None and point is not None:
                 point = replace(point, seed=probe.seed, epsilon=probe.sign * probe.epsilon)
             yield found, point
+
+
+def _random_basis(layout: Layout, seed: int) -> dict[str, Basis]:
+    drawn = {
+        name: random_test_matrix(width, layout.rank, seed, i) for i, (name, width) in enumerate(layout.inputs.items())
+    }
+    return {name: Basis(vectors.astype(np.float32), float("nan")) for name, vectors in drawn.items()}
 
 
 def _journal_entry(entry: Entry) -> schemas.JournalEntry:

@@ -52,17 +52,18 @@ class TensorFile:
     Args:
         file: open, and seekable.
         name: of the file, for error messages.
+        longest_head: bytes that may stand before the tensors'.
 
     Attributes:
         head: all that stands before the tensors' bytes.
         entries: the tensors by name, in the order of their bytes.
 
     Raises:
-        InvalidValue: the file is damaged.
+        InvalidValue: the file is damaged, or its head is longer.
 
     """
 
-    def __init__(self, file: IO[bytes], name: str) -> None:
+    def __init__(self, file: IO[bytes], name: str, longest_head: float = math.inf) -> None:
         self._file = file
         self._name = name
         size = file.seek(0, os.SEEK_END)
@@ -70,6 +71,8 @@ class TensorFile:
         length = file.read(LENGTH_BYTES)
         start = LENGTH_BYTES + int.from_bytes(length, "little")
         header = None
+        if start > longest_head:
+            raise InvalidValue(name, f"has a head of {start} bytes, longer than {longest_head}")
         if len(length) == LENGTH_BYTES and start <= size:
             self.head = length + file.read(start - LENGTH_BYTES)
             with suppress(ValueError, RecursionError):

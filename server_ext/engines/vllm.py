@@ -75,8 +75,9 @@ class VllmEngine:
         # A pack is no text: nobody may find what it leaves in the prefix cache.
         self._salt = secrets.token_hex(16)
         cache = client.vllm_config.cache_config
-        # Half of the cache is for others: what waits for room in it is never given that of what runs.
-        self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 2)
+        # A quarter of the cache is for what is scored and one for texts, and half for others: what waits for room in it
+        # is never given that of what runs.
+        self.tokens_at_once = min(STEPS_AHEAD * step, cache.num_gpu_blocks * cache.block_size // 4)
         self.lanes = Lanes(training_cap(share, step))
         self._generate = watch(client, self.lanes)
         self._generating = KeyLimit(max(1, client.vllm_config.lora_config.max_loras // 2))

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from server_ext.app import create_app
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.fairness import FairQueue
-from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
+from server_ext.schemas import AskGeneration, AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
 from server_ext.tenants import Tenants
 from tests.server_ext.support import OPERATOR
@@ -246,6 +246,36 @@ def test_a_flood_does_not_hold_up_the_others(url: str) -> None:
         one, other = (call.result(300) for call in calls)
         for mine, same in zip(one.losses, other.losses, strict=True):
             assert (mine.plus, mine.minus) == pytest.approx((same.plus, same.minus), abs=1e-5)
+
+
+def test_nobody_waits_for_texts_to_end_before_they_train(tiny_model: Path, tmp_path: Path) -> None:
+    engine: Any = TransformersEngine(str(tiny_model))
+    generate, may_end = engine.generate, asyncio.Event()
+
+    async def slow_generate(*args: Any) -> Any:
+        await may_end.wait()
+        return await generate(*args)
+
+    async def go() -> None:
+        service = Service(engine, tmp_path)
+        await service.create(OPERATOR, CreateAdapter(name="acme/a", rank=1, basis=BasisSpec(source="random")))
+        await service.calibrate(OPERATOR, "acme/a", Calibrate())
+        # More of them than the engine takes at once.
+        engine.generate = slow_generate
+        ask = AskGeneration(prompt=[5] * 100, max_tokens=100)
+        texts = [asyncio.create_task(service.generate("acme/a", ask)) for _ in range(2 + engine.tokens_at_once // 200)]
+        await asyncio.sleep(0)
+        row = CompletionRow(prompt=[5], completion=[6])
+        await asyncio.wait_for(service.scores(OPERATOR, "acme/a", AskScores(rows=[row])), 60)
+        assert not any(text.done() for text in texts)
+        may_end.set()
+        await asyncio.gather(*texts[:1])
+        for text in texts:
+            text.cancel()
+        await asyncio.gather(*texts, return_exceptions=True)
+        await service.registry.close()
+
+    run(go())
 
 
 def test_a_calibration_takes_its_turn_by_all_its_passes(tiny_model: Path, tmp_path: Path) -> None:

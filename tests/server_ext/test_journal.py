@@ -206,6 +206,16 @@ def test_an_update_of_an_unknown_adapter_is_refused(path: Path) -> None:
         journal.append("nobody", Update(0, ((1, 0.5),)), BEFORE)
 
 
+def test_a_part_of_a_history_is_bounded_by_its_terms(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    for version in range(4):
+        journal.append("a", Update(version, tuple((seed, 0.5) for seed in range(3))), BEFORE)
+    assert [entry.version for entry in journal.entries("a", terms=5)] == [1, 2]
+    assert [entry.version for entry in journal.entries("a", after=2, terms=1)] == [3], "one at least"
+    assert len(journal.entries("a", terms=100)) == 4
+
+
 def test_a_refused_update_leaves_no_transaction_open(path: Path) -> None:
     journal = Journal(path)
     journal.add_adapter(adapter_row("a"))

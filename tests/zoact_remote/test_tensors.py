@@ -120,3 +120,13 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, about: object) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
     with pytest.raises(InvalidValue, match="a: "):
         read_tensors(file)
+
+
+def test_a_head_that_is_too_long_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(save({"a": np.zeros(3, np.float32)}))
+    with path.open("rb") as file:
+        head = len(TensorFile(file, "x").head)
+        TensorFile(file, "x", head)
+        with pytest.raises(InvalidValue, match=f"has a head of {head} bytes, longer than {head - 1}"):
+            TensorFile(file, "x", head - 1)
