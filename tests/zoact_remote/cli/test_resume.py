@@ -117,13 +117,14 @@ def test_lines_that_the_checkpoint_does_not_cover_are_dropped(
     assert left(name) == undisturbed
 
 
+@pytest.mark.parametrize(("further", "advice"), [((), "with --resume"), (("--continue",), "go on with it by --resume")])
 def test_a_run_that_was_cut_off_is_not_forgotten_by_accident(
-    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any
+    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any, further: tuple[str, ...], advice: str
 ) -> None:
     cut_off(7, answered=False)
     train = ("train", data, "--adapter", name, *OPTIONS)
     assert attempt(*train) == INTERRUPTED
-    assert "with --resume" in run(*train, code=1).stderr
+    assert advice in run(*train, *further, code=1).stderr
     run(*train, "--resume")
     assert left(name) == undisturbed
 
@@ -199,17 +200,6 @@ def test_a_run_of_another_adapter_is_not_forgotten(data: str, name: str, client:
     assert f"results holds a run of {name}: give another directory with --out" in refused
     assert Path("results/checkpoint.json").read_bytes() == before
     assert f"{name}-b" not in [adapter.name for adapter in client.adapters()]
-
-
-def test_a_run_that_was_cut_off_is_not_forgotten_for_one_that_trains_further(
-    data: str, name: str, undisturbed: dict[str, Any], cut_off: Any
-) -> None:
-    cut_off(7, answered=False)
-    train = ("train", data, "--adapter", name, *OPTIONS)
-    assert attempt(*train) == INTERRUPTED
-    assert "go on with it by --resume" in run(*train, "--continue", code=1).stderr
-    run(*train, "--resume")
-    assert left(name) == undisturbed
 
 
 def test_a_directory_is_enough(data: str, name: str, undisturbed: dict[str, Any], cut_off: Any) -> None:
