@@ -129,7 +129,7 @@ def train_adapter(
         history, results = _train(adapter, task, rows, held_out, settings, directory, output, files, loggers, facts)
         result = _result(adapter, info, history, settings, results, directory)
         result |= {"metric": task.metric, "measured": files.measured}
-    write_atomically(directory / RESULT, _dump(result).encode())
+        write_atomically(directory / RESULT, _dump(result).encode())
     return Run(adapter, results, result)
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -60,33 +61,38 @@ class RunFiles(Callback):
     """
 
     def __init__(self, directory: Path, about: Mapping[str, Any], *, resume: bool) -> None:
-        try:
-            self._lock = lock(directory)
-        except InUse as error:
-            raise CommandFailed(
-                f"a run is under way in {directory} ({error}): wait for it, or give another directory with --out"
-            ) from None
-        self._checkpoint = directory / CHECKPOINT
-        about = {"format": FORMAT, **about}
-        found = json.loads(self._checkpoint.read_bytes()) if self._checkpoint.is_file() else None
-        if resume and found is not None:
-            self._saved: Json = found
-            _check(self._saved, json.loads(json.dumps(about)))
-        else:
-            if found is not None:
-                _check_replaceable(directory, found, about)
-            # The checkpoint goes first: without it, what is left of the others does not count.
-            for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
-                (directory / name).unlink(missing_ok=True)
-            self._saved = {**about, "adapter": None, "measured": None, "trainer": None}
-            self._write()
-        state = self._saved["trainer"]
-        # The step done last is still to be finished; its line comes after that.
-        steps, last = (0, 0) if state is None else (state["unfinished"]["step"], state["step"])
-        self._metrics, metrics = _reopen(directory / METRICS, lambda line: line["step"] < steps)
-        self._evaluations, evaluations = _reopen(directory / EVALUATIONS, lambda line: (line["step"] or 0) <= last)
-        self._found = {line.pop("step"): _evaluation(line) for line in evaluations}
-        self._records = [StepRecord.from_json(line) for line in metrics]
+        # Whatever is wrong, the directory is let go of at once: whoever catches the error may keep this frame alive.
+        with ExitStack() as opened:
+            try:
+                opened.enter_context(lock(directory))
+            except InUse as error:
+                raise CommandFailed(
+                    f"a run is under way in {directory} ({error}): wait for it, or give another directory with --out"
+                ) from None
+            self._checkpoint = directory / CHECKPOINT
+            about = {"format": FORMAT, **about}
+            found = json.loads(self._checkpoint.read_bytes()) if self._checkpoint.is_file() else None
+            if resume and found is not None:
+                self._saved: Json = found
+                _check(self._saved, json.loads(json.dumps(about)))
+            else:
+                if found is not None:
+                    _check_replaceable(directory, found, about)
+                # The checkpoint goes first: without it, what is left of the others does not count.
+                for name in (CHECKPOINT, METRICS, EVALUATIONS, RESULT):
+                    (directory / name).unlink(missing_ok=True)
+                self._saved = {**about, "adapter": None, "measured": None, "trainer": None}
+                self._write()
+            state = self._saved["trainer"]
+            # The step done last is still to be finished; its line comes after that.
+            steps, last = (0, 0) if state is None else (state["unfinished"]["step"], state["step"])
+            self._metrics, metrics = _reopen(directory / METRICS, lambda line: line["step"] < steps)
+            opened.enter_context(self._metrics)
+            self._evaluations, evaluations = _reopen(directory / EVALUATIONS, lambda line: (line["step"] or 0) <= last)
+            opened.enter_context(self._evaluations)
+            self._found = {line.pop("step"): _evaluation(line) for line in evaluations}
+            self._records = [StepRecord.from_json(line) for line in metrics]
+            self._opened = opened.pop_all()
 
     @property
     def started(self) -> bool:
@@ -161,8 +167,7 @@ class RunFiles(Callback):
         _append(self._metrics, record.to_json())
 
     def close(self) -> None:
-        for file in (self._metrics, self._evaluations, self._lock):
-            file.close()
+        self._opened.close()
 
     def _note(self, step: int | None, evaluation: Evaluation) -> None:
         _append(self._evaluations, {"step": step, **asdict(evaluation)})
