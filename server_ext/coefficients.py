@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator, Sequence
 
 import torch
 
@@ -72,17 +73,36 @@ class Coefficients:
 
     def after(self, update: Update) -> Coefficients:
         """What an update makes of them, as ``zoact_remote.replay.apply_update`` does: bit for bit for Rademacher."""
+        pieces = self.after_in_pieces(update)
+        while True:
+            try:
+                next(pieces)
+            except StopIteration as end:
+                made: Coefficients = end.value
+                return made
+
+    def after_in_pieces(self, update: Update) -> Generator[None, None, Coefficients]:
+        """The same, with a pause after every few terms: an update may have thousands."""
         kept = self.flat * float32(1.0 - update.decay) if update.decay else self.flat.clone()
         if update.normaliser is None:
-            return Coefficients(self.noise, self.noise.add_terms(kept, update.terms))
-        step = self.noise.add_terms(torch.zeros_like(kept), update.terms)
+            yield from self._add_terms(kept, update.terms)
+            return Coefficients(self.noise, kept)
+        step = torch.zeros_like(kept)
+        yield from self._add_terms(step, update.terms)
         moment = torch.full_like(kept, update.normaliser.offset)
         for seed, scalar in update.normaliser.terms:
             moment += self.noise.draw(seed).square_().mul_(float32(scalar))
+            yield
         # Through float64, since not every float32 square root is correctly rounded: that of MKL's vectors is not.
         root = moment.double().sqrt_().float()
         flat = close_gaps(kept + step / (root + float32(update.normaliser.epsilon)), self.layout)
         return Coefficients(self.noise, flat)
+
+    def _add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> Generator[None, None, None]:
+        at_once = self.noise.terms_at_once
+        for first in range(0, len(terms), at_once):
+            self.noise.add_terms(flat, terms[first : first + at_once])
+            yield
 
     def at(self, seed: int, epsilon: float) -> torch.Tensor:
         """``C + epsilon Z(seed)``, the sign in epsilon: float32 ``[layout.size]``."""

@@ -15,6 +15,8 @@ from zoact_remote.cache import Cache
 from zoact_remote.layout import Layout
 from zoact_remote.noise import LANES, PHILOX_MULTIPLIERS, PHILOX_ROUNDS, PHILOX_WEYL, STREAMS, Distribution
 
+TERMS_IN_KERNEL = 256
+"""Terms that one launch adds."""
 _MASK32 = 0xFFFFFFFF
 
 
@@ -66,16 +68,25 @@ class Noise:
             flat = self._cache.get((self, seed), lambda: self._normals(self._words(seed))) * float32(scale)
         return close_gaps(flat, self.layout)
 
-    def add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> torch.Tensor:
-        """Adds ``scalar Z(seed)`` of every term in place, one after another; returns ``flat``, its gaps zero."""
-        if self.distribution == "rademacher" and has_kernels(self.device):
+    @property
+    def terms_at_once(self) -> int:
+        """As many as are added in a fraction of a second."""
+        return TERMS_IN_KERNEL if self._adds_in_kernel else 1
+
+    def add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> None:
+        """Adds ``scalar Z(seed)`` of every term in place, one after another; gaps stay zero."""
+        if self._adds_in_kernel:
             from server_ext.gpu.updates import add_terms
 
             add_terms(flat, self.counter[0], self.counter[2], terms)
-            return close_gaps(flat, self.layout)
+            close_gaps(flat, self.layout)
+            return
         for seed, scalar in terms:
             flat += self.draw(seed, scalar)
-        return flat
+
+    @property
+    def _adds_in_kernel(self) -> bool:
+        return self.distribution == "rademacher" and has_kernels(self.device)
 
     def _words(self, seed: int) -> torch.Tensor:
         """Philox's output: int32 ``[blocks, 4]``."""

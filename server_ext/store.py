@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from zoact_remote.wire import Update
 
 LEAST_ROOM = 64 << 20
 """Bytes that draws may be kept in."""
+PIECE_S = 0.1
+"""Seconds that a version is made for, before others have the device."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,16 @@ class AdapterState:
         self.noise = noise
         self.basis = {name: vectors.to(noise.device, torch.float32).contiguous() for name, vectors in basis.items()}
         self.versions: dict[int, Coefficients] = {}
+        self._pieces: Iterator[str | None] = iter(())
 
     @property
     def layout(self) -> Layout:
         """Where the adapter acts."""
         return self.noise.layout
 
-    def hold(self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]) -> str:
+    def hold(
+        self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]
+    ) -> str | None:
         """Takes in a version, lets go of all others but those to keep, and returns its coefficients' digest.
 
         Args:
@@ -65,17 +71,39 @@ class AdapterState:
             update: applied to the base; None for none.
             keep: versions still needed.
 
+        Returns:
+            None if there is more to do than in ``PIECE_S``: :meth:`hold_on` goes on with it.
+
         Raises:
             RuntimeError: the base is not held.
 
         """
+        self._pieces = self._hold(version, base, update, keep)
+        return self.hold_on()
+
+    def hold_on(self) -> str | None:
+        """Goes on with the version that is being taken in, and returns what :meth:`hold` does."""
+        deadline = time.monotonic() + PIECE_S
+        for digest in self._pieces:
+            if digest is None and self.noise.device.type == "cuda":
+                torch.cuda.synchronize(self.noise.device)  # what is launched has yet to be done
+            if digest is not None or time.monotonic() > deadline:
+                return digest
+        raise RuntimeError("no version is being taken in")
+
+    def _hold(
+        self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]
+    ) -> Iterator[str | None]:
+        """None after every piece, and then the digest, as often as it is asked for."""
         made = self[base] if isinstance(base, int) else Coefficients(self.noise, base)
         if update is not None:
-            made = made.after(update)
+            made = yield from made.after_in_pieces(update)
         self.versions[version] = made
         for other in self.versions.keys() - {version, *keep}:
             del self.versions[other]
-        return made.digest()
+        digest = made.digest()
+        while True:
+            yield digest
 
     def __getitem__(self, version: int) -> Coefficients:
         try:

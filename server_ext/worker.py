@@ -119,11 +119,17 @@ class ZoActWorker:
         """Takes in an adapter."""
         self.zoact_store.put(key, self._zoact_layout(layout), distribution, load(basis))
 
-    def zoact_hold(self, key: str, version: int, base: int | bytes | None, update: str | None, keep: list[int]) -> str:
-        """Takes in a version, as ``Engine.hold`` says."""
+    def zoact_hold(
+        self, key: str, version: int, base: int | bytes | None, update: str | None, keep: list[int]
+    ) -> str | None:
+        """Takes in a version, as ``AdapterState.hold`` says."""
         start = load(base)["flat"] if isinstance(base, bytes) else base
         content = None if update is None else Update.from_json(json.loads(update))
         return self.zoact_store[key].hold(version, start, content, keep)
+
+    def zoact_hold_on(self, key: str) -> str | None:
+        """Goes on with it."""
+        return self.zoact_store[key].hold_on()
 
     def zoact_read(self, key: str, version: int) -> bytes:
         """The coefficients of a version."""

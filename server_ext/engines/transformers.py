@@ -103,7 +103,10 @@ class TransformersEngine:
         keep: Collection[int],
     ) -> str:
         start = torch.from_numpy(base) if isinstance(base, np.ndarray) else base
-        return await self._run(lambda: self._store[key].hold(version, start, update, keep))
+        digest = await self._run(lambda: self._store[key].hold(version, start, update, keep))
+        while digest is None:
+            digest = await self._run(lambda: self._store[key].hold_on())
+        return digest
 
     async def read(self, key: str, version: int) -> NDArray[np.float32]:
         return await self._run(lambda: self._store[key][version].flat.cpu().numpy())

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from server_ext import store
 from server_ext.basis import random_test_matrix
 from server_ext.coefficients import Coefficients
 from server_ext.noise import Noise
@@ -36,6 +37,7 @@ def loras_at(dtype: torch.dtype, epsilon: float) -> tuple[dict[str, torch.Tensor
     worker.zoact_store = AdapterStore(torch.device("cpu"))
     worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)})
     digest = worker.zoact_store["key"].hold(1, None, UPDATE, keep=())
+    assert digest is not None
     loras = worker.zoact_lora(7, Point("key", 1, digest, SEED, epsilon)).loras
     assert all(lora.scaling == 1 for lora in loras.values())
     return {name: lora.lora_a for name, lora in loras.items()}, {name: lora.lora_b for name, lora in loras.items()}
@@ -102,16 +104,23 @@ class Executor:
         return found
 
 
-def test_calls_after_one_that_failed_get_their_own_answers() -> None:
+def engine_of(workers: Sequence[Any]) -> Any:
+    """An engine of workers that hold an adapter without a version."""
     from server_ext.engines.vllm import VllmEngine
-    from server_ext.worker import ZoActWorker
 
-    workers = [ZoActWorker(), ZoActWorker()]
     for worker in workers:
         worker.zoact_store = AdapterStore(torch.device("cpu"))
         worker.zoact_store.put("key", LAYOUT, "rademacher", {"a.q_proj": torch.from_numpy(VECTORS)})
     engine: Any = object.__new__(VllmEngine)
     engine._client = Executor(workers)
+    return engine
+
+
+def test_calls_after_one_that_failed_get_their_own_answers() -> None:
+    from server_ext.worker import ZoActWorker
+
+    workers = [ZoActWorker(), ZoActWorker()]
+    engine = engine_of(workers)
 
     async def calls() -> None:
         zero = await engine.hold("key", 0, None, None, [])
@@ -123,3 +132,18 @@ def test_calls_after_one_that_failed_get_their_own_answers() -> None:
         np.testing.assert_array_equal(flat, workers[1].zoact_store["key"][1].flat.numpy())
 
     asyncio.run(calls())
+
+
+def test_workers_need_not_make_a_version_in_equally_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    from server_ext.worker import ZoActWorker
+
+    class Fast(ZoActWorker):
+        def zoact_hold_on(self, key: str) -> str | None:
+            return super().zoact_hold_on(key) or super().zoact_hold_on(key)
+
+    monkeypatch.setattr(store, "PIECE_S", -1.0)
+    workers = [ZoActWorker(), Fast()]
+    engine = engine_of(workers)
+    digest = asyncio.run(engine.hold("key", 1, None, UPDATE, []))
+    assert digest == Coefficients(Noise(LAYOUT, "rademacher")).after(UPDATE).digest()
+    assert [list(worker.zoact_store["key"].versions) for worker in workers] == [[1], [1]]
