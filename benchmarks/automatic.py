@@ -37,7 +37,7 @@ from zoact_remote import (
     load_jsonl,
     tasks,
 )
-from zoact_remote.cli.data import spread
+from zoact_remote.cli.data import subset
 from zoact_remote.cli.local_server import LocalServer
 from zoact_remote.cli.measure import BATCHES
 from zoact_remote.cli.settings import DEFAULTS
@@ -86,7 +86,7 @@ def main() -> None:
     options = parser.parse_args()
     parts = [load_jsonl(options.directory / f"{part}.jsonl") for part in ("train", "dev")]
     task = tasks.BUILTIN["sst2"]
-    training, held_out = task.rows(parts[0][:TO_TRAIN_ON]), task.rows(spread(parts[1], options.rows))
+    training, held_out = task.rows(parts[0][:TO_TRAIN_ON]), task.rows(subset(parts[1], options.rows))
     with tempfile.TemporaryDirectory() as name:
         arguments = [options.model, "--engine", "transformers", "--state", f"{name}/state"]
         server = LocalServer(arguments, Path(name, "log"))
@@ -99,7 +99,7 @@ def main() -> None:
                 print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
                 for number, choice in enumerate(options.choices):
                     adapter = client.create_adapter(f"bench/choice-{number}", rank=DEFAULTS.rank)
-                    adapter.calibrate(spread(training, DEFAULTS.calibration_rows))
+                    adapter.calibrate(subset(training, DEFAULTS.calibration_rows))
                     cells = trained(adapter, training, held_out, *CHOICES[choice], options)
                     print(f"| {choice} | {' | '.join(cells)} |", flush=True)
         finally:
@@ -119,9 +119,9 @@ def trained(
     epsilon, rate = float(DEFAULTS.epsilon), float(DEFAULTS.learning_rate)
     try:
         if with_epsilon:
-            epsilon = choose_epsilon(counted, spread(training, batch)).epsilon
+            epsilon = choose_epsilon(counted, subset(training, batch)).epsilon
         if with_rate:
-            rows = spread(training, BATCHES * batch)
+            rows = subset(training, BATCHES * batch)
             rate = find_learning_rate(counted, TwoPoint(epsilon), Adam(), rows, seed=options.seed).learning_rate
     except Inconclusive as error:
         return [str(error)]

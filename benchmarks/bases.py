@@ -42,7 +42,7 @@ import torch
 from gradients import Activations, Bases, Batch, Model
 
 from server_ext.basis import Positions, RangeFinder, random_test_matrix
-from zoact_remote.cli.data import spread
+from zoact_remote.cli.data import subset
 from zoact_remote.cli.settings import DEFAULTS
 from zoact_remote.tasks import BUILTIN, load_jsonl
 
@@ -134,7 +134,7 @@ class Calibration:
     def _activations(self, variant: Variant) -> list[Activations]:
         key = variant.rows, variant.positions == "scored"
         if key not in self._seen:
-            batches = self.model.batches(spread(self._rows, variant.rows), self._batch_size)
+            batches = self.model.batches(subset(self._rows, variant.rows), self._batch_size)
             self._seen[key] = self.model.activations(batches, only_scored=key[1])
         return self._seen[key]
 

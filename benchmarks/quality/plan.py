@@ -18,10 +18,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from zoact_remote.cli.data import spread
 from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
 from zoact_remote.tasks import BUILTIN, Example, load_jsonl
-from zoact_remote.wire import Basis, Row
+from zoact_remote.wire import Basis, Json, Row
 
 TASKS = ("sst2", "trec", "agnews", "subj")
 SEEDS = (0, 1, 2)
@@ -233,9 +232,15 @@ def data_of(task: str, data: Path) -> tuple[Sequence[Row], Sequence[Row], list[E
     train, dev, test = (load_jsonl(data / task / f"{part}.jsonl") for part in ("train", "dev", "test"))
     return (
         made.rows(train[:TRAINING_ROWS]),
-        made.rows(spread(dev, ROWS_EVALUATED)),
-        made.examples(spread(test, ROWS_EVALUATED)),
+        made.rows(_evaluated(dev)),
+        made.examples(_evaluated(test)),
     )
+
+
+def _evaluated(records: Sequence[Json]) -> Sequence[Json]:
+    """At most so many, evenly spaced: as the runs on record had them."""
+    count = min(len(records), ROWS_EVALUATED)
+    return [records[i * len(records) // count] for i in range(count)]
 
 
 def select(names: Iterable[str]) -> dict[str, Method]:

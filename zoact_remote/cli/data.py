@@ -129,20 +129,21 @@ def _with_fields(task: Task, text_field: str | None, label_field: str | None) ->
     return task if label_field is None else replace(task, label_field=label_field)
 
 
-def spread(rows: Sequence[T], most: int) -> list[T]:
-    """At most ``most`` of the rows, evenly spaced: a file may be in order of label."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[i * len(rows) // most] for i in range(most)]
+def subset(rows: Sequence[T], most: int) -> list[T]:
+    """At most ``most`` of the rows: always the same ones, in their order."""
+    return [rows[i] for i in _chosen(len(rows), most)]
 
 
 def split(rows: Sequence[T], held_out: float) -> tuple[list[T], list[T]]:
-    """The rows, and a share of them that is held out of training: always the same ones, from anywhere in their order.
+    """The rows, and a share of them that is held out of training: always the same ones, in their order."""
+    chosen = _chosen(len(rows), round(len(rows) * held_out))
+    rest = set(range(len(rows))).difference(chosen)
+    return [rows[i] for i in sorted(rest)], [rows[i] for i in chosen]
 
-    A file may be in order of label.
-    """
-    chosen = set(random.Random(0).sample(range(len(rows)), round(len(rows) * held_out)))
-    return [row for i, row in enumerate(rows) if i not in chosen], [rows[i] for i in sorted(chosen)]
+
+def _chosen(count: int, most: int) -> list[int]:
+    """Numbers from anywhere: a file may be in order of label, or its labels take turns."""
+    return sorted(random.Random(0).sample(range(count), min(count, most)))
 
 
 def _named_task(name: str) -> Task:

@@ -21,7 +21,7 @@ def evaluate(
     text_field: options.TextField = None,
     label_field: options.LabelField = None,
     rows: Annotated[
-        int | None, typer.Option(help="Evaluate this many records, evenly spaced; all if not given.", min=1)
+        int | None, typer.Option(help="Evaluate this many records, always the same ones; all if not given.", min=1)
     ] = None,
     url: options.Url = None,
     api_key: options.ApiKey = None,
@@ -34,7 +34,7 @@ def evaluate(
     zoact train leaves its task beside its results: give it again with --task runs/NAME/task.toml.
     """
     with reporting(as_json) as output:
-        from zoact_remote.cli.data import make_task, spread
+        from zoact_remote.cli.data import make_task, subset
         from zoact_remote.evaluation import evaluate_task
         from zoact_remote.tasks import load_records
 
@@ -48,7 +48,7 @@ def evaluate(
             text_field=text_field,
             label_field=label_field,
         )
-        sample = records if rows is None else spread(records, rows)
+        sample = records if rows is None else subset(records, rows)
         with options.connect(url, api_key) as client, output.waiting(f"evaluating {len(sample):,} records"):
             found = evaluate_task(client.adapter(adapter), made, sample, version=version)
         figures = found.to_json()

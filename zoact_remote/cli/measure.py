@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from zoact_remote.cli.data import spread
+from zoact_remote.cli.data import subset
 from zoact_remote.epsilon import choose_epsilon
 from zoact_remote.errors import Inconclusive
 from zoact_remote.learning_rate import find_learning_rate
@@ -52,7 +52,7 @@ def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, 
     try:
         if settings.epsilon == AUTO:
             with output.waiting("measuring the losses' noise, to choose epsilon"):
-                choice = choose_epsilon(adapter, spread(rows, settings.batch_size))
+                choice = choose_epsilon(adapter, subset(rows, settings.batch_size))
             found |= {"epsilon": choice.epsilon, "noise": choice.noise, "slope": choice.slope}
             output.note(f"epsilon {choice.epsilon:g}: the losses' noise is {choice.noise:.2g} nats")
         if settings.learning_rate == AUTO:
@@ -62,7 +62,7 @@ def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, 
                     adapter,
                     numbers.make_estimator(),
                     numbers.make_optimizer(),
-                    spread(rows, BATCHES * settings.batch_size),
+                    subset(rows, BATCHES * settings.batch_size),
                     seed=settings.seed,
                 )
             found |= {"learning_rate": test.learning_rate, "range_test": [test.learning_rates, test.losses]}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoact_remote.cli.config import RunConfig, dumps
-from zoact_remote.cli.data import spread
+from zoact_remote.cli.data import subset
 from zoact_remote.cli.measure import measured
 from zoact_remote.cli.output import CommandFailed, Output
 from zoact_remote.cli.progress import Watched, training_bar
@@ -102,7 +102,7 @@ def train_adapter(
             _check_untrained(client.adapter(name))
     # A package that is missing is named before anything is done.
     loggers = [make_logger(kind, name, directory, asdict(settings)) for kind in (config.log_to if config else ())]
-    held_out = spread(held_out, settings.eval_rows)
+    held_out = subset(held_out, settings.eval_rows)
     info = client.info()
     settings.check_limits(info.limits)
     directory.mkdir(parents=True, exist_ok=True)
@@ -191,7 +191,7 @@ def _ready_adapter(
     if not go_on:
         _check_untrained(adapter)
     if adapter.info.state == "new":
-        sample = spread(rows, settings.calibration_rows)
+        sample = subset(rows, settings.calibration_rows)
         with output.waiting(f"taking the basis from {len(sample)} rows"):
             # A run that was killed meanwhile may have had the server take it, from these very rows.
             basis = adapter.calibrate(sample, exist_ok=True)

@@ -89,7 +89,9 @@ class TrainingSettings:
     eval_every: int | None = setting(
         None, "evaluation", "Steps between evaluations; only the first and last if not given.", key="every", least=1
     )
-    eval_rows: int = setting(400, "evaluation", "Held-out rows evaluated at most, evenly spaced.", key="rows", least=1)
+    eval_rows: int = setting(
+        400, "evaluation", "Held-out rows evaluated at most: always the same.", key="rows", least=1
+    )
     patience: int | None = setting(
         None, "evaluation", "Stop after this many evaluations without a gain, by the task's metric.", least=1
     )

@@ -8,7 +8,7 @@ import pytest
 from tests.support import KEY, Server, new_name, trained_adapter
 from tests.zoact_remote.cli.support import HELD_OUT, RECORDS, TASK, figures, read_json, run, run_json
 from zoact_remote import Adapter, Client, NotFound
-from zoact_remote.cli.data import spread
+from zoact_remote.cli.data import subset
 
 ROWS, HELD_OUT_ROWS = TASK.rows(RECORDS), TASK.rows(HELD_OUT)
 
@@ -27,7 +27,7 @@ def test_eval_says_what_the_server_scores(data: str, adapter: Adapter) -> None:
     assert (found["adapter"], found["version"]) == (adapter.name, 2)
     assert {field: found[field] for field in expected} == expected
 
-    some = spread(ROWS, 6)
+    some = subset(ROWS, 6)
     shown = run("eval", data, "--adapter", adapter.name, "--version", "0", "--rows", "6").stdout
     (line,) = (line for line in shown.splitlines() if f"{adapter.name}@0" in line)
     assert f"{adapter.scores(some, version=0).loss:.3f}" in line

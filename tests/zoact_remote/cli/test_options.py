@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from zoact_remote import EarlyStopping, Guard
-from zoact_remote.cli.data import make_task, split, spread, task_of, task_table
+from zoact_remote.cli.data import make_task, split, subset, task_of, task_table
 from zoact_remote.cli.output import CommandFailed
 from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
 from zoact_remote.optimizers import SGD, Adam, GaussianAdam
@@ -61,17 +61,18 @@ def test_tasks_that_cannot_be_made(arguments: dict[str, Any], message: str) -> N
         make_task([{"text": "x", "label": 0}, {"text": "y", "label": 1}], **arguments)
 
 
-def test_rows_are_split_and_spread() -> None:
-    training, held_out = split(list(range(100)), 0.2)
+def test_rows_are_split_and_chosen() -> None:
+    rows = list(range(100))
+    training, held_out = split(rows, 0.2)
     assert (len(training), len(held_out)) == (80, 20)
-    assert sorted(training) == training
-    assert sorted(held_out) == held_out
-    assert sorted([*training, *held_out]) == list(range(100))
-    assert 4 < sum(row < 50 for row in held_out) < 16, "a file may be in order of label"
-    assert 4 < sum(row % 2 for row in held_out) < 16, "or its labels may take turns"
-    assert split(list(range(100)), 0.2) == (training, held_out)
-    assert spread(list(range(10)), 4) == [0, 2, 5, 7]
-    assert spread([1, 2], 4) == [1, 2]
+    assert sorted([*training, *held_out]) == rows
+    assert split(rows, 0.2) == (training, held_out)
+    assert subset(rows, 20) == subset(rows, 20)
+    for chosen in (training, held_out, subset(rows, 20)):
+        assert sorted(chosen) == chosen
+        assert 0.2 < sum(row < 50 for row in chosen) / len(chosen) < 0.8, "a file may be in order of label"
+        assert 0.2 < sum(row % 2 for row in chosen) / len(chosen) < 0.8, "or its labels may take turns"
+    assert subset([1, 2], 4) == [1, 2]
 
 
 def test_settings_make_the_method() -> None:
