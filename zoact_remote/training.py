@@ -224,7 +224,7 @@ class Trainer:
         if isinstance(self._pending, Rollback):
             learning_rate, returned_to = 0.0, self._pending.to_version
         elif problem is not None:
-            raise TrainingDiverged(f"step {self.step}: {problem} {_ADVICE}")
+            raise TrainingDiverged(f"step {self.step}: {problem}, at version {self.probed}. {_ADVICE}")
         else:
             update = self.optimizer.step(estimate, learning_rate, losses.version)
             self._pending = replace(update, key=self._key("update"))
@@ -407,7 +407,7 @@ def _not_finite(ask: Ask, losses: Losses) -> str | None:
     """Says which of the losses asked for is not finite, if one is."""
     for place, loss in _losses_of(ask, losses):
         if loss is None or not math.isfinite(loss):
-            return f"the loss {place} is {loss}, at version {losses.version}."
+            return f"the loss {place} is {loss}"
     return None
 
 

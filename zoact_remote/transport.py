@@ -58,6 +58,8 @@ BROKEN = (
 BACKOFF = tenacity.wait_exponential(multiplier=0.5, max=30.0) + tenacity.wait_random(0.0, 0.5)
 LONGEST_WAIT_S = 120.0
 """A server that asks for a longer wait is not waited for."""
+LEAST_WAIT_S = 0.1
+"""A server that asks for no wait at all is not asked again at once: it may do so for a long time."""
 CONNECTIONS_KEPT = 256
 """Connections that stay open for the next call: more than threads that one process is likely to call from at once."""
 CHUNK_BYTES = 1 << 20
@@ -308,6 +310,7 @@ def _wait(state: tenacity.RetryCallState) -> float:
     asked = error.retry_after if isinstance(error, CallFailed) else None
     if asked is None:
         return BACKOFF(state)
+    asked = max(asked, LEAST_WAIT_S)
     # Those who were refused together must not all come back together.
     return asked + random.uniform(0.0, max(asked, 0.5)) if _is_too_soon(error) else asked
 

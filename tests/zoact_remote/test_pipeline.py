@@ -1,9 +1,11 @@
 """Overlapping steps: one step stale, whatever the timing, and otherwise a run like any other."""
 
 import json
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from zoact_remote import (
     Row,
     StaleVersion,
     Trainer,
+    TrainingDiverged,
     TwoPoint,
     Update,
     UpdateResult,
@@ -210,6 +213,18 @@ def guarded(adapter: Regression, *callbacks: Any) -> PipelinedTrainer:
     """A run at a rate that is too high for it."""
     guard = Guard(window=10, patience=5)
     return pipelined(adapter, optimizer=SGD(), schedule=0.25, steps=200, callbacks=[guard, *callbacks])
+
+
+def test_a_loss_that_is_not_finite_is_of_the_version_that_was_probed() -> None:
+    class Breaks(Remote):
+        def losses(self, *args: Any, **kwargs: Any) -> Losses:
+            found = super().losses(*args, **kwargs)
+            if found.version != 3:
+                return found
+            return replace(found, losses=tuple(replace(loss, plus=math.nan) for loss in found.losses))
+
+    with pytest.raises(TrainingDiverged, match=r"step 4: the loss .* is nan, at version 3\."):
+        pipelined(Breaks()).run()
 
 
 def test_a_guarded_run_that_would_diverge_learns() -> None:
