@@ -18,6 +18,7 @@ from server_ext.schemas import ChatMessage, ChatRow, ChoicesRow, CompletionRow, 
 Tokens = tuple[int, ...]
 Encode = Callable[[str, bool], list[int]]
 RenderChat = Callable[[list[dict[str, str]], bool], str]
+TOO_LONG = "context_length_exceeded"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class RowScore:
     loss: float
 
 
-def tokenise(value: str | list[int], param: str, special: bool, encode: Encode, vocabulary: int) -> Tokens:
+def tokenise(
+    value: str | list[int], param: str, special: bool, encode: Encode, vocabulary: int, most_characters: int | None
+) -> Tokens:
     """A prompt or continuation as token ids.
 
     Args:
@@ -82,11 +85,15 @@ def tokenise(value: str | list[int], param: str, special: bool, encode: Encode, 
         special: whether special tokens are added to a text, as for prompts.
         encode: text and ``special`` to token ids.
         vocabulary: token ids must lie below it.
+        most_characters: a text with more is too long, whatever its tokens; None for any.
 
     Raises:
-        ApiError: no tokens, or a token id out of range.
+        ApiError: no tokens, a token id out of range, or too long a text.
 
     """
+    if isinstance(value, str) and most_characters is not None and len(value) > most_characters:
+        message = f"{len(value):,} characters are more than the model's longest sequence can have ({most_characters:,})"
+        raise invalid(param, message, TOO_LONG)
     ids = encode(value, special) if isinstance(value, str) else value
     if not ids:
         raise invalid(param, "tokenises to nothing; at least one token is needed")
@@ -115,7 +122,12 @@ def chat_text(messages: Sequence[ChatMessage], opened: bool, param: str, render:
 
 
 def tokenise_rows(
-    rows: Sequence[Row], encode: Encode, render: RenderChat, vocabulary: int, max_tokens: int
+    rows: Sequence[Row],
+    encode: Encode,
+    render: RenderChat,
+    vocabulary: int,
+    max_tokens: int,
+    most_characters: int | None = None,
 ) -> Iterator[TokenRow]:
     """Rows as token ids, each when it is asked for.
 
@@ -125,6 +137,7 @@ def tokenise_rows(
         render: as for ``chat_text``.
         vocabulary: as for ``tokenise``.
         max_tokens: longest sequence, prompt and continuation together.
+        most_characters: as for ``tokenise``.
 
     Raises:
         ApiError: a prompt or continuation without tokens, a token id out of range, a row that is too long, or a
@@ -134,14 +147,16 @@ def tokenise_rows(
     for i, row in enumerate(rows):
         (param, start), *rest = _texts(row, f"rows[{i}]", render)
         # A chat template writes the special tokens itself.
-        prompt = tokenise(start, param, not isinstance(row, ChatRow), encode, vocabulary)
-        continuations = tuple(tokenise(value, place, False, encode, vocabulary) for place, value in rest)
+        prompt = tokenise(start, param, not isinstance(row, ChatRow), encode, vocabulary, most_characters)
+        continuations = tuple(
+            tokenise(value, place, False, encode, vocabulary, most_characters) for place, value in rest
+        )
         longest = max(map(len, continuations))
         if len(prompt) + longest > max_tokens:
             raise invalid(
                 param,
                 f"prompt ({len(prompt)} tokens) and continuation ({longest}) exceed the limit of {max_tokens} tokens",
-                "context_length_exceeded",
+                TOO_LONG,
             )
         yield TokenRow(prompt, continuations, row.answer if isinstance(row, ChoicesRow) else None)
 
@@ -162,6 +177,13 @@ def _texts(row: Row, place: str, render: RenderChat) -> list[tuple[str, str | li
             "prompt and completion",
         )
     return [(param, before), (param, whole[len(before) :])]
+
+
+def length(row: Row) -> int:
+    """Characters, and token ids, of a row."""
+    if isinstance(row, ChatRow):
+        return sum(len(message.content) for message in row.messages)
+    return len(row.prompt) + sum(map(len, row.choices if isinstance(row, ChoicesRow) else [row.completion]))
 
 
 def contexts_of(row: TokenRow) -> list[Context]:

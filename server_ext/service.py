@@ -27,7 +27,7 @@ from server_ext.importing import largest_archive, read_lora
 from server_ext.journal import AdapterRow, Entry
 from server_ext.metrics import Metrics
 from server_ext.registry import SNAPSHOT_EVERY, Registry
-from server_ext.rows import RowScore, TokenRow
+from server_ext.rows import TOO_LONG, RowScore, TokenRow
 from server_ext.scoring import Scorer
 from server_ext.store import Point
 from server_ext.tenants import Caller
@@ -191,7 +191,7 @@ class Service:
             raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken; create a new adapter instead")
         if spec.source == "activations" and not ask.rows:
             raise invalid("rows", "a basis of activations needs at least one row")
-        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=spec.passes)
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=spec.passes)
         async with self.registry.changing(name) as adapter:
             if adapter.row.basis.digest is not None:
                 raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken meanwhile")
@@ -225,7 +225,7 @@ class Service:
             message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
             raise invalid("probes", message, BATCH_TOO_LARGE)
         sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
-        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=sides)
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=sides)
         result = None
         wanted = ask.version
         if ask.update is not None:
@@ -272,7 +272,7 @@ class Service:
         self, caller: Caller, name: str, ask: schemas.AskScores, gone: Gone | None = None
     ) -> schemas.Scores:
         adapter = await self.registry.calibrated(name)
-        rows = await self._tokeniser.rows(ask.rows, caller.limits, points=1)
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
             (scores,), tokens = await unless(gone, self._scorer.score(adapter.row.tenant, [point], rows))
         return schemas.Scores(
@@ -287,12 +287,10 @@ class Service:
 
     async def generate(self, name: str, ask: schemas.AskGeneration, gone: Gone | None = None) -> schemas.Generation:
         adapter = await self.registry.calibrated(name)
-        tokens = await self._tokeniser.prompt(ask)
+        tokens = await self._tokeniser.prompt(adapter.row.tenant, ask)
         room = self.engine.model.max_tokens - len(tokens)
         if ask.max_tokens > room:
-            raise invalid(
-                "max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", "context_length_exceeded"
-            )
+            raise invalid("max_tokens", f"at most {max(room, 0)} tokens fit behind this prompt", TOO_LONG)
 
         async def write(point: Point | None) -> GeneratedText:
             async with self._texts.turn(adapter.row.tenant, len(tokens) + ask.max_tokens):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,6 +74,11 @@ class GeneratedText:
         return cls(tokens, text, ended) if before is None else cls(tokens, before, True)
 
 
+def longest_token(tokenizer: Any) -> int:
+    """Characters of a tokeniser's longest token: bytes, for one that takes text apart so far."""
+    return max(map(len, tokenizer.get_vocab()))
+
+
 def text_before(text: str, stop: Sequence[str]) -> str | None:
     """What stands before the string that is complete first, of several the longest; None if none is there."""
     ends = [(text.find(string) + len(string), -len(string)) for string in stop if string in text]
@@ -107,6 +112,8 @@ class Engine(Protocol):
     model: Model
     sites: tuple[Site, ...]
     max_rank: int
+    longest_token: int
+    """Characters of the vocabulary's longest token."""
     tokens_at_once: int
     """Tokens that keep it busy; more of them only wait inside it, where nobody can go before them."""
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from server_ext.basis import Basis, RangeFinder, make_finders
 from server_ext.checkpoint import checkpoint_digest
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, text_before
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, longest_token, text_before
 from server_ext.inputs import make_sites
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
@@ -52,6 +52,7 @@ class TransformersEngine:
         max_rank: int = 512,
     ) -> None:
         self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
+        self.longest_token = longest_token(self.tokenizer)
         # Fast tokenisers are not to be shared between threads.
         self._encoder: Any = copy.deepcopy(self.tokenizer)
         self.device = torch.device(device)

@@ -24,7 +24,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from server_ext.basis import Basis
 from server_ext.checkpoint import checkpoint_digest
-from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots
+from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots, longest_token
 from server_ext.key_limit import KeyLimit
 from server_ext.lanes import PREFIX, Lanes, Turn, training_cap
 from server_ext.packing import SCORED_ROWS, Pack, Packing
@@ -57,6 +57,7 @@ class VllmEngine:
         config = client.vllm_config.model_config
         self._client = client
         self._tokenizer = client.get_tokenizer()
+        self.longest_token = longest_token(self._tokenizer)
         # Fast tokenisers are not to be shared between threads.
         self._encoder = copy.deepcopy(self._tokenizer)
         self.sites = tuple(Site(**site) for site in description["sites"])

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server_ext import tokeniser
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.errors import ApiError
 from server_ext.metrics import Metrics
@@ -43,7 +44,7 @@ def engine(encode: Callable[[str, bool], list[int]] = characters) -> Any:
     def render(messages: Any, opened: bool) -> str:
         return "".join(message["content"] for message in messages) + "!" * opened
 
-    return Namespace(encode=encode, render_chat=render, model=Namespace(vocabulary=256, max_tokens=64))
+    return Namespace(encode=encode, render_chat=render, longest_token=4, model=Namespace(vocabulary=256, max_tokens=64))
 
 
 def rows_of(lengths: list[int]) -> list[Row]:
@@ -62,7 +63,7 @@ def test_rows_pass_if_they_fit_at_all_points_and_no_more_are_tokenised(
         return characters(text, special)
 
     limits = TenantLimits(max_call_tokens=most)
-    asked = Tokeniser(engine(encode)).rows(rows_of(lengths), limits, points)
+    asked = Tokeniser(engine(encode)).rows("acme", rows_of(lengths), limits, points)
     fitting = [n for n in range(len(lengths) + 1) if points * sum(lengths[:n]) <= most]
     if len(fitting) == len(lengths) + 1:
         assert [len(row.prompt) for row in asyncio.run(asked)] == lengths
@@ -78,7 +79,7 @@ def test_too_many_rows_are_not_tokenised() -> None:
         raise AssertionError
 
     with pytest.raises(ApiError, match=r"max_rows \(2\)"):
-        asyncio.run(Tokeniser(engine(encode)).rows(rows_of([1, 1, 1]), TenantLimits(max_rows=2), 1))
+        asyncio.run(Tokeniser(engine(encode)).rows("acme", rows_of([1, 1, 1]), TenantLimits(max_rows=2), 1))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,45 @@ def test_too_many_rows_are_not_tokenised() -> None:
     ],
 )
 def test_prompts(ask: AskGeneration, tokens: tuple[int, ...]) -> None:
-    assert asyncio.run(Tokeniser(engine()).prompt(ask)) == tokens
+    assert asyncio.run(Tokeniser(engine()).prompt("acme", ask)) == tokens
+
+
+def test_what_no_sequence_can_hold_is_not_tokenised() -> None:
+    def encode(text: str, special: bool) -> list[int]:
+        assert len(text) == 256
+        return [1]
+
+    shared = Tokeniser(engine(encode))
+    longest = CompletionRow(prompt="a" * 256, completion="a" * 256)
+    assert len(asyncio.run(shared.rows("acme", [longest], TenantLimits(), 1))) == 1
+    longer = CompletionRow(prompt="a" * 257, completion="b")
+    with pytest.raises(ApiError, match=r"257 characters .* \(256\)") as refused:
+        asyncio.run(shared.rows("acme", [longer], TenantLimits(), 1))
+    assert (refused.value.param, refused.value.code) == ("rows[0].prompt", "context_length_exceeded")
+    with pytest.raises(ApiError, match="257 characters"):
+        asyncio.run(shared.prompt("acme", AskGeneration(prompt="a" * 257)))
+
+
+def test_who_sends_much_does_not_hold_up_those_who_send_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokeniser, "PIECE", 100)
+    seen: list[str] = []
+
+    def encode(text: str, special: bool) -> list[int]:
+        seen.append(text[0])
+        return [1]
+
+    async def scene() -> None:
+        shared = Tokeniser(engine(encode))
+        much = [CompletionRow(prompt="m" * 50, completion="m" * 50) for _ in range(20)]
+        little = [CompletionRow(prompt="l", completion="l")]
+        await asyncio.gather(
+            *(shared.rows("much", much, TenantLimits(), 1) for _ in range(5)),
+            *(shared.rows("little", little, TenantLimits(), 1) for _ in range(5)),
+        )
+
+    asyncio.run(scene())
+    assert seen.count("m") == 5 * 20 * 2
+    assert "".join(seen).rindex("l") < 12, "behind the piece that came first, and one whose turn it was by then"
 
 
 def test_others_go_on_meanwhile_but_for_those_who_tokenise() -> None:
@@ -106,8 +145,8 @@ def test_others_go_on_meanwhile_but_for_those_who_tokenise() -> None:
 
     async def scene() -> None:
         tokeniser = Tokeniser(engine(encode))
-        calls = [asyncio.create_task(tokeniser.rows(rows_of([1]), TenantLimits(), 1)) for _ in range(4)]
-        calls_for_text = [asyncio.create_task(tokeniser.prompt(AskGeneration(prompt="a"))) for _ in range(4)]
+        calls = [asyncio.create_task(tokeniser.rows("acme", rows_of([1]), TenantLimits(), 1)) for _ in range(4)]
+        calls_for_text = [asyncio.create_task(tokeniser.prompt("acme", AskGeneration(prompt="a"))) for _ in range(4)]
         while not at_work:
             await asyncio.sleep(0.001)
         may_end.set()
