@@ -14,6 +14,7 @@ from server_ext.gate import Gate
 from server_ext.routes import health, metrics, router
 from server_ext.service import Service
 from server_ext.tenants import Tenants
+from zoact_remote.extension import KEEP_ALIVE_S
 
 
 def create_app(engine: Engine, directory: Path, tenants: Tenants) -> FastAPI:
@@ -62,4 +63,10 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants
     print(f"loading {model} on {device}", file=sys.stderr, flush=True)
     engine = TransformersEngine(model, dtype=dtype, device=device)
     # The server's own log has a line a call.
-    uvicorn.run(create_app(engine, directory, tenants), host=host, port=port, access_log=False)
+    uvicorn.run(
+        create_app(engine, directory, tenants),
+        host=host,
+        port=port,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )

@@ -12,6 +12,9 @@ SCHEDULER = "server_ext.scheduler.sharing_scheduler"
 STATE_VARIABLE = "ZOACT_STATE"
 DEFAULT_STATE = "zoact-state"
 """The directory of the journal."""
+KEEP_ALIVE_S = 75
+"""Seconds that a connection stays open between calls. Those who pause for longer may send one just as it is closed, and
+cannot know whether it arrived: the 5 s that servers have by default are soon over."""
 SHARE_VARIABLE = "ZOACT_TRAINING_SHARE"
 DEFAULT_SHARE = 1 / 32
 """The most of a step's tokens that training takes while there is other traffic."""

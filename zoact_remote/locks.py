@@ -6,6 +6,7 @@ The system lets go of a lock when its process ends, however it ends. On Windows 
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -38,6 +39,7 @@ def lock(directory: Path) -> IO[str]:
 
     Raises:
         InUse: another process keeps us out.
+        OSError: the file cannot be written.
 
     """
     # Whoever may open the file may lock it.
@@ -51,9 +53,14 @@ def lock(directory: Path) -> IO[str]:
             file.seek(0)
             process = file.read().strip()
         raise InUse(int(process) if process.isdecimal() else None) from None
-    file.truncate(0)
-    file.write(f"{os.getpid()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except OSError:
+        with suppress(OSError):
+            file.close()
+        raise
     return file
 
 

@@ -234,18 +234,19 @@ def url(tiny_model: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_flood_does_not_hold_up_the_others(url: str) -> None:
-    with Client(url, timeout=CALL_TIMEOUT_S, retries=20) as client, ThreadPoolExecutor(2) as pool:
+    with Client(url, timeout=CALL_TIMEOUT_S, retries=20) as client, ThreadPoolExecutor(4) as pool:
         flooder, light = (client.create_adapter(f"{name}/model", rank=2) for name in ("flooder", "light"))
         for adapter in (flooder, light):
             adapter.calibrate(ROWS[:2])
-        # Two hundred and forty pieces of work.
-        calls = [pool.submit(flooder.losses, ROWS, PROBES) for _ in range(2)]
+        # Four hundred and eighty pieces of work.
+        calls = [pool.submit(flooder.losses, ROWS, PROBES) for _ in range(4)]
         light.scores(ROWS[:1])
         light.losses(ROWS[:1], PROBES[:1])
         assert not any(call.done() for call in calls)
-        one, other = (call.result(300) for call in calls)
-        for mine, same in zip(one.losses, other.losses, strict=True):
-            assert (mine.plus, mine.minus) == pytest.approx((same.plus, same.minus), abs=1e-5)
+        one, *others = (call.result(300) for call in calls)
+        for other in others:
+            for mine, same in zip(one.losses, other.losses, strict=True):
+                assert (mine.plus, mine.minus) == pytest.approx((same.plus, same.minus), abs=1e-5)
 
 
 def test_nobody_waits_for_texts_to_end_before_they_train(tiny_model: Path, tmp_path: Path) -> None:

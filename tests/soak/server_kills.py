@@ -194,7 +194,7 @@ def soak(
                 report(f"{tally.kills.total()} kills, {done} plans, {time.monotonic() - started:.0f} s")
         stop.set()
         for tenant in tenants:
-            tenant.join(120)
+            tenant.join(600)
             if tenant.failure is not None:
                 raise RuntimeError(f"{tenant.name} could not go on") from tenant.failure
             if tenant.is_alive():

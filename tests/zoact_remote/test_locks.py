@@ -1,5 +1,6 @@
 """One process at a time uses a directory."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -48,3 +49,15 @@ def test_a_lock_that_says_nothing_yet(tmp_path: Path) -> None:
 def test_a_lock_is_for_its_owner(tmp_path: Path) -> None:
     with lock(tmp_path) as held:
         assert os.fstat(held.fileno()).st_mode & 0o777 == 0o600
+
+
+def test_a_lock_that_cannot_be_written_is_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", full)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as caught:
+            lock(tmp_path)
+    lock(tmp_path).close()
+    assert caught.value.errno == errno.ENOSPC

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from zoact_remote import toml
 from zoact_remote.cli.output import CommandFailed
-from zoact_remote.extension import PLUGIN, SCHEDULER, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
+from zoact_remote.extension import KEEP_ALIVE_S, PLUGIN, SCHEDULER, SHARE_VARIABLE, STATE_VARIABLE, WORKER_EXTENSION
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Where adapters may act. Not ``lm_head``: LoRA there breaks prompt log-probabilities."""
@@ -18,6 +18,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM has slots for."""
 SECRETS = ("VLLM_API_KEY", "ZOACT_API_KEY")
 SHUTDOWN_S = 60
+ENVIRONMENT = {"VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_S)}
 CPU_ENVIRONMENT = {
     # In GiB. By default vLLM takes up to half of the memory.
     "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -121,8 +122,8 @@ def vllm_command(
     if guarded and "VLLM_API_KEY" not in environment:
         # vLLM starts without a plug-in that fails to load. Then nobody knows the key of its routes.
         changes["VLLM_API_KEY"] = secrets.token_urlsafe(32)
-    if on_cpu:
-        changes |= {name: value for name, value in CPU_ENVIRONMENT.items() if name not in environment}
+    defaults = ENVIRONMENT | (CPU_ENVIRONMENT if on_cpu else {})
+    changes |= {name: value for name, value in defaults.items() if name not in environment}
     return VllmCommand([*arguments, *extra], changes)
 
 

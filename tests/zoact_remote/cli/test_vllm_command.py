@@ -53,6 +53,7 @@ def test_vllm_on_a_gpu() -> None:
         "VLLM_PLUGINS": "zoact",
         "ZOACT_STATE": str(Path("state").resolve()),
         "ZOACT_TRAINING_SHARE": "0.25",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "75",
     }
 
 
