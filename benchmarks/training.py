@@ -53,10 +53,8 @@ def main() -> None:
             print("| task | steps of 16 rows | zero-shot | label-calibrated | tuned | training, min | s a step |")
             print("| --- | --- | --- | --- | --- | --- | --- |", flush=True)
             for number, (task, arguments) in enumerate(runs.items()):
-                print(
-                    row(task, train(server.url, [*arguments, "--adapter", f"bench/run-{number}"], directory)),
-                    flush=True,
-                )
+                arguments += ["--adapter", f"bench/run-{number}", "--out", str(directory / f"run-{number}")]
+                print(row(task, train(server.url, arguments)), flush=True)
         finally:
             server.stop()
 
@@ -69,9 +67,9 @@ def split(directory: Path, name: str, training: Sequence[Record], held_out: Sequ
     return [str(paths[0]), "--eval", str(paths[1])]
 
 
-def train(url: str, arguments: list[str], directory: Path) -> dict[str, Any]:
+def train(url: str, arguments: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "zoact_remote.cli", "train", *arguments, "--url", url, "--json"]
-    done = subprocess.run([*command, "--out", str(directory / "out")], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
