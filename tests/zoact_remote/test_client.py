@@ -124,7 +124,7 @@ def test_wait_until_ready(client: Client, server: responses.RequestsMock) -> Non
     server.get(f"{API}/info", status=503)
     server.get(f"{API}/info", status=502, body="<html>Bad Gateway</html>")
     server.get(f"{API}/info", json=INFO)
-    assert client.wait_until_ready(timeout=5).model == "tiny"
+    assert client.wait_until_ready(timeout=60).model == "tiny"
 
 
 def test_options_are_those_of_the_copy_alone(client: Client) -> None:

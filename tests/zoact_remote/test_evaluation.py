@@ -79,7 +79,7 @@ class Author:
         asked = prompt if messages is None else messages[-1]["content"]
         assert isinstance(asked, str)
         if len(self.texts) > 1 and asked == next(iter(self.texts)):
-            assert self._others.wait(10)
+            assert self._others.wait(60)
         self.versions.add(version)
         if asked not in self.texts:
             raise BadRequest("max_tokens: at most 3 tokens fit", status=400, param="max_tokens")

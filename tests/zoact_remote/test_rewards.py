@@ -123,13 +123,13 @@ TESTS = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0
     ],
 )
 def test_tests_that_pass(text: str, passed: int) -> None:
-    assert passing_tests()({"tests": TESTS}, text) == pytest.approx(passed / 3)
+    assert passing_tests(timeout=60.0)({"tests": TESTS}, text) == pytest.approx(passed / 3)
 
 
 def test_time_and_memory_are_limited() -> None:
     forever = "def double(x):\n    while x == 'a': pass\n    return 2 * x"
     started = time.monotonic()
-    assert passing_tests(timeout=2.0)({"tests": TESTS}, forever) == pytest.approx(1 / 3)
+    assert passing_tests(timeout=5.0)({"tests": TESTS}, forever) == pytest.approx(1 / 3)
     asleep = "import time, os\nif os.fork() == 0: time.sleep(600)\ntime.sleep(600)"
     assert passing_tests(timeout=0.5)({"tests": TESTS}, asleep) == 0.0
     assert time.monotonic() - started < 300
@@ -143,7 +143,9 @@ def test_code_sees_neither_the_environment_nor_the_directory(monkeypatch: pytest
     monkeypatch.setenv("ZOACT_API_KEY", "sesame")
     monkeypatch.chdir(tmp_path)
     code = "import os\nopen('left', 'w').write('x')\nfound = os.environ.get('ZOACT_API_KEY')"
-    assert passing_tests()({"tests": ["assert found is None", "assert os.listdir() == ['left']"]}, code) == 1.0
+    assert (
+        passing_tests(timeout=60.0)({"tests": ["assert found is None", "assert os.listdir() == ['left']"]}, code) == 1.0
+    )
     assert list(tmp_path.iterdir()) == []
 
 
