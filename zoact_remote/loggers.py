@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,10 @@ class TensorBoard(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write a step's figures."""
-        self._file = self._file or self._open(self._directory, purge_step=record.step)
+        if self._file is None:
+            # Files are named by the second: one that is opened in the same second would take the other's place.
+            suffix = f".{time.time_ns()}"
+            self._file = self._open(self._directory, purge_step=record.step, filename_suffix=suffix)
         for name, value in figures(record).items():
             self._file.add_scalar(name, value, record.step)
         self._file.flush()

@@ -49,7 +49,7 @@ def test_tensorboard(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=writer.open))
     logged(make_logger("tensorboard", "acme/films", tmp_path, {}))
     ((where, about),) = writer.named("open")
-    assert (where, about) == ((str(tmp_path / "tensorboard"),), {"purge_step": 0})
+    assert (where, about["purge_step"]) == ((str(tmp_path / "tensorboard"),), 0)
     scalars = [args for args, _ in writer.named("add_scalar")]
     assert [step for tag, _, step in scalars if tag == "train/loss"] == [0, 1, 2]
     assert [step for tag, _, step in scalars if tag == "eval/loss"] == [2]
@@ -78,10 +78,8 @@ def test_tensorboard_files(tmp_path: Path) -> None:
 
     run.steps = 5
     run.run()
-    (begun,) = (
-        event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == SessionLog.START
-    )
-    assert begun == 3, "a run that goes on hides what was logged from there on"
+    begun = [event.step for event in events(tmp_path / "tensorboard") if event.session_log.status == SessionLog.START]
+    assert begun == [0, 3], "a run that goes on hides what was logged from there on, and leaves what was before"
 
 
 def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

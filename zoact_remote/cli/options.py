@@ -17,6 +17,8 @@ Engine = Literal["vllm", "transformers"]
 Noise = Literal["rademacher", "gaussian"]
 """``zoact_remote.noise.Distribution``, which would bring NumPy along before a command needs it."""
 
+ANSWER_WITHIN_S = (5.0, 60.0)
+"""To connect, and from then on."""
 _SERVER = "Server"
 _DATA = "Data"
 
@@ -107,7 +109,7 @@ def connect(url: str | None, api_key: str | None) -> Iterator[Client]:
     with client:
         try:
             # Asked once: with the client's retries, a mistyped URL would take a quarter of a minute to show.
-            client.wait_until_ready(timeout=0)
+            client.with_options(timeout=ANSWER_WITHIN_S, retries=0, patience=0.0).info()
         except ConnectionFailed as error:
             if error.sent:
                 raise
