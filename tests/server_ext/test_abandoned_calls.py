@@ -114,6 +114,7 @@ def test_what_nobody_waits_for_is_given_up(adapter: Adapter, brake: Brake, call:
 def test_a_call_that_changes_an_adapter_runs_to_its_end(adapter: Adapter, brake: Brake) -> None:
     leave(adapter, "losses", {"rows": [ROW], "probes": [PROBE], "update": UPDATE}, brake, 2)
     assert adapter.refresh().version == 1
+    assert brake.under_way == 2, "both sides of the probe"
     brake.may_go_on.set()
     assert brake.ended.wait(WITHIN_S)
     assert not brake.given_up.is_set()

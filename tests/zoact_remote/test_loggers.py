@@ -49,7 +49,8 @@ def test_tensorboard(module: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(SummaryWriter=writer.open))
     logged(make_logger("tensorboard", "acme/films", tmp_path, {}))
     ((where, about),) = writer.named("open")
-    assert (where, about["purge_step"]) == ((str(tmp_path / "tensorboard"),), 0)
+    assert where == (str(tmp_path / "tensorboard"),)
+    assert about == {"purge_step": 0, "filename_suffix": about["filename_suffix"]}
     scalars = [args for args, _ in writer.named("add_scalar")]
     assert [step for tag, _, step in scalars if tag == "train/loss"] == [0, 1, 2]
     assert [step for tag, _, step in scalars if tag == "eval/loss"] == [2]
