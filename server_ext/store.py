@@ -14,7 +14,7 @@ from zoact_remote.layout import Layout
 from zoact_remote.noise import Distribution
 from zoact_remote.wire import Update
 
-LEAST_ROOM = 64 << 20
+LEAST_ROOM, MOST_ROOM = 64 << 20, 4 << 30
 """Bytes that draws may be kept in."""
 PIECE_S = 0.1
 """Seconds that a version is made for, before others have the device."""
@@ -136,6 +136,9 @@ class AdapterStore:
 
 
 def _room(device: torch.device) -> int:
-    """Bytes for draws: on a GPU, where drawing anew takes many launches, up to a quarter of what the model leaves."""
+    """Bytes for draws: on a GPU, where drawing anew takes many launches, up to a quarter of what the model leaves.
+
+    Others may have come to the same GPU when the room is taken up, hence the end to it.
+    """
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return max(LEAST_ROOM, free // 4)
+    return min(max(LEAST_ROOM, free // 4), MOST_ROOM)

@@ -6,7 +6,6 @@ import json
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,15 +21,17 @@ class Board:
         todo: the plan.
         results: the file of finished runs.
         about: what lines say beside run and figures, by where the run is made.
-        servers: number of servers; a run always goes to the same one, which may hold its adapter.
+        homes: the servers' directories. A run that was begun goes on in its own, whose server has its adapter.
 
     """
 
-    def __init__(self, todo: Plan, results: Path, about: Mapping[str, Mapping[str, object]], servers: int) -> None:
+    def __init__(
+        self, todo: Plan, results: Path, about: Mapping[str, Mapping[str, object]], homes: Sequence[Path]
+    ) -> None:
         self.plan = todo
         self._path = results
         self._about = about
-        self._servers = servers
+        self._homes = homes
         self._results = plan.read(results)
         self._under_way: set[Run] = set()
         self._failed: set[Run] = set()
@@ -43,8 +44,7 @@ class Board:
             mine = [
                 run
                 for run in missing
-                if self.plan.methods[run.method].where == where
-                and (where == "mezo" or zlib.crc32(run.name.encode()) % self._servers == server)
+                if self.plan.methods[run.method].where == where and (where == "mezo" or self._may_make(server, run))
             ]
             for run in mine:
                 if run not in self._under_way and not any(self.plan.covers(r, run) for r in self._under_way):
@@ -52,6 +52,10 @@ class Board:
                     return run, True
             # Trials that are under way elsewhere decide on further runs.
             return None, any(self.plan.methods[run.method].where == where for run in self._under_way)
+
+    def _may_make(self, server: int, run: Run) -> bool:
+        begun = [i for i, home in enumerate(self._homes) if (home / run.name).exists()]
+        return not begun or server in begun
 
     def done(self, run: Run, found: Sequence[Result]) -> None:
         with self._lock:

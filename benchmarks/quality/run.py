@@ -119,11 +119,12 @@ def make(options: argparse.Namespace, todo: Plan) -> None:
         "server": {"engine": options.engine, "dtype": options.dtype},
         "mezo": {"engine": "PyTorch", "dtype": "float32"},
     }
-    board = Board(todo, options.results, {where: about | p for where, p in precision.items()}, options.servers)
+    homes = [options.work / f"server-{i}" for i in range(options.servers)]
+    board = Board(todo, options.results, {where: about | p for where, p in precision.items()}, homes)
     places = {todo.methods[run.method].where for run in todo.missing(plan.read(options.results))}
     options.work.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        homes = [options.work / f"server-{i}" for i in range(options.servers if "server" in places else 0)]
+        homes = homes if "server" in places else []
         servers = [stack.enter_context(serving(arguments(options, home), home / "log")) for home in homes]
         clients = [stack.enter_context(Client(server.url)) for server in servers]
         lanes = stack.enter_context(ThreadPoolExecutor(len(homes) * options.side_by_side + options.mezo))
