@@ -132,7 +132,7 @@ def lora_layer(inputs: int, outputs: tuple[int, ...], slots: int, rank: int) -> 
         lora_b_stacked=tuple(
             torch.randn(slots, 1, width, rank, device=DEVICE, dtype=DTYPE) * 0.01 for width in outputs
         ),
-        base_layer=SimpleNamespace(input_size=inputs),
+        base_layer=SimpleNamespace(input_size=inputs, output_size=sum(outputs)),
         tp_rank=0,
     )
     if len(outputs) > 1:
