@@ -90,18 +90,18 @@ class Coefficients:
         step = torch.zeros_like(kept)
         yield from self._add_terms(step, update.terms)
         moment = torch.full_like(kept, update.normaliser.offset)
-        for seed, scalar in update.normaliser.terms:
-            moment += self.noise.draw(seed).square_().mul_(float32(scalar))
-            yield
+        yield from self._add_terms(moment, update.normaliser.terms, squared=True)
         # Through float64, since not every float32 square root is correctly rounded: that of MKL's vectors is not.
         root = moment.double().sqrt_().float()
         flat = close_gaps(kept + step / (root + float32(update.normaliser.epsilon)), self.layout)
         return Coefficients(self.noise, flat)
 
-    def _add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> Generator[None, None, None]:
+    def _add_terms(
+        self, flat: torch.Tensor, terms: Sequence[tuple[int, float]], *, squared: bool = False
+    ) -> Generator[None, None, None]:
         at_once = self.noise.terms_at_once
         for first in range(0, len(terms), at_once):
-            self.noise.add_terms(flat, terms[first : first + at_once])
+            self.noise.add_terms(flat, terms[first : first + at_once], squared=squared)
             yield
 
     def at(self, seed: int, epsilon: float) -> torch.Tensor:

@@ -71,22 +71,25 @@ class Noise:
     @property
     def terms_at_once(self) -> int:
         """As many as are added in a fraction of a second."""
-        return TERMS_IN_KERNEL if self._adds_in_kernel else 1
+        return TERMS_IN_KERNEL if has_kernels(self.device) else 1
 
-    def add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]]) -> None:
-        """Adds ``scalar Z(seed)`` of every term in place, one after another; gaps stay zero."""
-        if self._adds_in_kernel:
+    def add_terms(self, flat: torch.Tensor, terms: Sequence[tuple[int, float]], *, squared: bool = False) -> None:
+        """Adds ``scalar Z(seed)`` of every term in place, one after another; gaps stay zero.
+
+        Args:
+            flat: float32 ``[layout.size]``.
+            terms: seeds and scalars; these are rounded to float32.
+            squared: ``Z(seed)^2`` instead, element by element.
+
+        """
+        if has_kernels(self.device) and not (squared and self.distribution == "rademacher"):
             from server_ext.gpu.updates import add_terms
 
-            add_terms(flat, self.counter[0], self.counter[2], terms)
+            add_terms(flat, self.distribution, self.counter[0], self.counter[2], terms, squared)
             close_gaps(flat, self.layout)
             return
         for seed, scalar in terms:
-            flat += self.draw(seed, scalar)
-
-    @property
-    def _adds_in_kernel(self) -> bool:
-        return self.distribution == "rademacher" and has_kernels(self.device)
+            flat += self.draw(seed).square_().mul_(float32(scalar)) if squared else self.draw(seed, scalar)
 
     def _words(self, seed: int) -> torch.Tensor:
         """Philox's output: int32 ``[blocks, 4]``."""

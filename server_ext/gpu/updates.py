@@ -2,25 +2,26 @@
 
 An update has a term for every probe of the optimizer's window: dozens, of which each is several passes in PyTorch, and
 as many launches of kernels, which on a small model take longer. Here Z is drawn in registers, as it is for slots
-(``server_ext.gpu.slots``), and terms are added one after another, so that the sums are the specification's bit for bit:
-a Rademacher value times a scalar is exact, whether or not the addition is fused with it.
+(``server_ext.gpu.slots``), and terms are added one after another, so that the sums are the specification's: for
+Rademacher noise bit for bit, since a sign times a scalar is exact, and otherwise up to the last bits of logarithms and
+cosines.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from server_ext.gpu.noise import philox_words, seed_halves, signs
+from server_ext.gpu.noise import normals, philox_words, seed_halves, signs
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX
-from zoact_remote.noise import LANES, STREAMS
+from zoact_remote.noise import LANES, STREAMS, Distribution
 
-assert LANES["rademacher"] == 128
-BLOCKS = 16
+BLOCKS: dict[Distribution, int] = {"rademacher": 16, "gaussian": 256}
 """Of Philox's, that one program works on."""
 ELEMENTS = 4096
 """Coefficients that one program digests."""
@@ -29,7 +30,7 @@ _GAMMA, _LAST_SHIFT = tl.constexpr(GAMMA), tl.constexpr(LAST_SHIFT)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _add_terms(
+def _add_signs(
     flat,  # float32 [blocks * 128]
     counters,  # int64 [blocks]: number of the block in its site
     sites,  # int64 [blocks]
@@ -62,6 +63,44 @@ def _add_terms(
     tl.store(here + 96, c3, mask=mask)
 
 
+@triton.jit(do_not_specialize=["count"])
+def _add_normals(
+    flat,  # float32 [blocks * 4]
+    counters,  # int64 [blocks]: number of the block in its site
+    sites,  # int64 [blocks]
+    terms,  # int32 [3, count]: halves of the seed, and the scalar's bits
+    count,
+    blocks,
+    STREAM: tl.constexpr,
+    SQUARED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    place = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    mine = place < blocks
+    block = tl.load(counters + place, mask=mine, other=0).to(tl.int32)
+    site = tl.load(sites + place, mask=mine, other=0).to(tl.int32)
+    here = flat + place.to(tl.int64) * 4
+    c0 = tl.load(here, mask=mine, other=0.0)
+    c1 = tl.load(here + 1, mask=mine, other=0.0)
+    c2 = tl.load(here + 2, mask=mine, other=0.0)
+    c3 = tl.load(here + 3, mask=mine, other=0.0)
+    for i in range(count):
+        scale = tl.load(terms + 2 * count + i).to(tl.float32, bitcast=True)
+        w0, w1, w2, w3 = philox_words(block, site, tl.load(terms + i), tl.load(terms + count + i), STREAM)
+        z0, z1 = normals(w0, w1)
+        z2, z3 = normals(w2, w3)
+        if SQUARED:
+            z0, z1, z2, z3 = z0 * z0, z1 * z1, z2 * z2, z3 * z3
+        c0 += scale * z0
+        c1 += scale * z1
+        c2 += scale * z2
+        c3 += scale * z3
+    tl.store(here, c0, mask=mine)
+    tl.store(here + 1, c1, mask=mine)
+    tl.store(here + 2, c2, mask=mine)
+    tl.store(here + 3, c3, mask=mine)
+
+
 @triton.jit
 def _digest(
     words,  # int32 [size]
@@ -81,25 +120,39 @@ def _digest(
 
 
 def add_terms(
-    flat: torch.Tensor, counters: torch.Tensor, sites: torch.Tensor, terms: Sequence[tuple[int, float]]
+    flat: torch.Tensor,
+    distribution: Distribution,
+    counters: torch.Tensor,
+    sites: torch.Tensor,
+    terms: Sequence[tuple[int, float]],
+    squared: bool = False,
 ) -> None:
     """Adds ``scalar Z(seed)`` of every term in place, in order, gaps included.
 
     Args:
-        flat: float32 ``[blocks * 128]``.
-        counters: of every block of 128 Rademacher values its number in its site, int64 ``[blocks]``.
+        flat: float32 ``[blocks * lanes]``, with the distribution's ``LANES``.
+        distribution: of Z.
+        counters: of every block its number in its site, int64 ``[blocks]``.
         sites: and the site's index.
         terms: seeds and scalars; these are rounded to float32.
+        squared: ``Z(seed)^2`` instead, element by element.
 
     """
     if not terms:
         return
+    if squared and distribution == "rademacher":
+        raise ValueError("the squares of signs are all 1")
     seeds, scalars = zip(*terms, strict=True)
-    table = np.concatenate([seed_halves(seeds), np.array([scalars], np.float32).view(np.int32)])
-    _add_terms[(triton.cdiv(len(counters), BLOCKS),)](
-        flat, counters, sites, torch.from_numpy(table).to(flat.device), len(terms), len(counters),
-        STREAM=STREAMS["rademacher"], BLOCKS=BLOCKS, num_warps=4,
-    )  # fmt: skip
+    table = torch.from_numpy(np.concatenate([seed_halves(seeds), np.array([scalars], np.float32).view(np.int32)]))
+    blocks = BLOCKS[distribution]
+    given = flat, counters, sites, table.to(flat.device), len(terms), len(counters)
+    options: dict[str, Any] = {"STREAM": STREAMS[distribution], "BLOCKS": blocks, "num_warps": 4}
+    grid = (triton.cdiv(len(counters), blocks),)
+    if distribution == "rademacher":
+        _add_signs[grid](*given, **options)
+    else:
+        # A fused multiplication and addition rounds once, PyTorch twice.
+        _add_normals[grid](*given, SQUARED=squared, enable_fp_fusion=False, **options)
 
 
 def digest_sums(flat: torch.Tensor) -> torch.Tensor:
