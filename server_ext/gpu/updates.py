@@ -21,6 +21,7 @@ from server_ext.gpu.noise import normals, philox_words, seed_halves, signs
 from zoact_remote.digest import GAMMA, LAST_SHIFT, MIX
 from zoact_remote.noise import LANES, STREAMS, Distribution
 
+assert LANES == {"rademacher": 128, "gaussian": 4}
 BLOCKS: dict[Distribution, int] = {"rademacher": 16, "gaussian": 256}
 """Of Philox's, that one program works on."""
 ELEMENTS = 4096

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from vllm.v1.request import RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from server_ext.lanes import BACKGROUND, FOREGROUND, PREFIX
-from server_ext.scheduler import beyond_share, is_training, sharing_scheduler, to_do
+from server_ext.scheduler import GATHER_S, beyond_share, is_training, sharing_scheduler, to_do
 from zoact_remote.extension import SHARE_VARIABLE
 
 
@@ -173,6 +174,23 @@ def scheduled(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Vllm
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(SHARE_VARIABLE, str(CAP / STEP))
         yield Vllm(tiny_model, request.param)
+
+
+def test_only_training_that_comes_to_an_idle_engine_has_its_step_wait_for_others(
+    scheduled: Vllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    scheduled.restart()
+    scheduled.ask(True, 5, 1, 0)
+    assert pauses == [GATHER_S]
+    scheduled.ask(True, 5, 1, 0)
+    scheduled.ask(False, 5, 1, 0)
+    assert pauses == [GATHER_S], "there is something to do already"
+    scheduled.restart()
+    scheduled.ask(False, 5, 1, 0)
+    scheduled.ask(True, 5, 1, 0)
+    assert pauses == [GATHER_S], "whoever is served does not wait"
 
 
 ASKED = st.tuples(st.booleans(), st.integers(1, 120), st.sampled_from([1, 1, 40]), st.integers(0, LORAS + 1))
