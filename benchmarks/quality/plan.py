@@ -95,6 +95,20 @@ ABLATION = {
     for name, (title, settings) in _OTHERS.items()
 }
 """Ours with other bases, each at the best of three rates."""
+_FOUR_PAIRS = replace(DEFAULTS, probes=4, calibration_rows=128)
+REGIMES = {
+    f"regime-{name}": Method(f"ours, {title}", (rate,), settings)
+    for name, title, rate, settings in (
+        ("slow", "half the rate", _RATE / 2, DEFAULTS),
+        ("slower", "a quarter of the rate", _RATE / 4, DEFAULTS),
+        ("fast", "twice the rate", 2 * _RATE, DEFAULTS),
+        ("cosine", "cosine schedule", _RATE, replace(DEFAULTS, schedule="cosine")),
+        ("pairs", "four pairs a step", _RATE, _FOUR_PAIRS),
+        ("pairs-fast", "four pairs a step, twice the rate", 2 * _RATE, _FOUR_PAIRS),
+        ("decay", "weight decay", _RATE, replace(DEFAULTS, optimizer="adamw", weight_decay=0.3)),
+    )
+}
+"""Ours in other ways to spend many passes: what is right for four hundred need not be for six thousand."""
 
 
 @dataclass(frozen=True)
@@ -244,4 +258,4 @@ def _evaluated(records: Sequence[Json]) -> Sequence[Json]:
 
 
 def select(names: Iterable[str]) -> dict[str, Method]:
-    return {name: (METHODS | ABLATION)[name] for name in names}
+    return {name: (METHODS | ABLATION | REGIMES)[name] for name in names}

@@ -175,7 +175,9 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tasks", nargs="+", default=plan.TASKS)
-    parser.add_argument("--methods", nargs="+", choices=plan.METHODS | plan.ABLATION, default=list(plan.METHODS))
+    parser.add_argument(
+        "--methods", nargs="+", choices=plan.METHODS | plan.ABLATION | plan.REGIMES, default=list(plan.METHODS)
+    )
     parser.add_argument("--ablation", action="store_true", help="compare bases, in place of methods")
     parser.add_argument("--seeds", type=int, nargs="+", default=plan.SEEDS)
     parser.add_argument("--budgets", type=int, nargs="+", default=plan.BUDGETS)

@@ -6,6 +6,7 @@ It goes on where it was cut off, as long as the server has its adapter.
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from contextlib import suppress
@@ -21,6 +22,9 @@ from zoact_remote.cli.run_files import CHECKPOINT, METRICS
 from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation
 from zoact_remote.tasks import BUILTIN
+
+LAST_STEPS = 60
+"""About as many as see each of the training rows once."""
 
 
 def main() -> None:
@@ -53,12 +57,14 @@ def train(client: Client, run: plan.Run, data: Path, directory: Path, is_trial: 
         rows = [example.row for example in held_out]
         reached = figures(evaluate(adapter, rows, version=0), evaluate(adapter, rows))
     steps = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
+    last = [step["loss"] for step in steps[-LAST_STEPS:]]
     result = {
         "passes": plan.calibration_passes(settings) + len(steps) * plan.passes_a_step(settings),
         **reached,
         "choice_accuracy": evaluate(adapter, choice).accuracy if is_trial else None,
         "returns": sum(step["returned_to"] is not None for step in steps),
         "diverged": diverged,
+        "training_loss": statistics.fmean(last) if None not in last else None,
         "training_seconds": sum(step["seconds"] for step in steps),
         "finished": time.time(),
     }
