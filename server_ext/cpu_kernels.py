@@ -48,12 +48,15 @@ def add_lora_linear(
     if wrapper.no_lora:
         return
     for slot, tokens in _groups(wrapper):
-        inputs = x[tokens].to(torch.float32)
+        inputs = None
         offset = 0
         for lora_a, lora_b, width in zip(lora_a_stacked, lora_b_stacked, output_slices, strict=True):
-            reduced = inputs @ lora_a[slot, 0].to(torch.float32).T
-            product = reduced @ lora_b[slot, 0].to(torch.float32).T
-            y[tokens, offset : offset + width] += product.mul_(scale).to(y.dtype)
+            # Most adapters leave most layers alone: looking for anything but zeros costs little beside multiplying.
+            if lora_b[slot].any():
+                inputs = x[tokens].to(torch.float32) if inputs is None else inputs
+                reduced = inputs @ lora_a[slot, 0].to(torch.float32).T
+                product = reduced @ lora_b[slot, 0].to(torch.float32).T
+                y[tokens, offset : offset + width] += product.mul_(scale).to(y.dtype)
             offset += width
 
 

@@ -21,7 +21,7 @@ from triton.testing import do_bench
 from vllm.lora.ops.triton_ops import LoRAKernelMeta, lora_expand, lora_shrink
 
 from server_ext.gpu import lora
-from server_ext.gpu.slots import STOCK, SlotWriter
+from server_ext.gpu.slots import MOST_LAYERS, STOCK, SlotWriter
 from server_ext.gpu.tiles import most_tiles, tiles_of
 from server_ext.noise import Noise
 from server_ext.store import AdapterState
@@ -72,7 +72,7 @@ def fill(rank: int, distribution: Distribution) -> None:
     basis = {name: torch.randn(width, rank) for name, width in layout.inputs.items()}
     states = [AdapterState(Noise(layout, distribution, DEVICE), basis) for _ in range(2)]
     flat = torch.randn(layout.size, device=DEVICE) * 0.05
-    ranks = torch.full((2,), STOCK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((MOST_LAYERS, 2), STOCK, dtype=torch.int32, device=DEVICE)
     writer = SlotWriter(modules, parts.__getitem__, ranks)
 
     def both() -> None:

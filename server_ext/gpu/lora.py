@@ -235,7 +235,7 @@ def shrink(
         lora_a: by slice, ``[slots, 1, rank, in]``.
         tiles: int32 ``[tiles, 3]``: slot (-1 for none), first place, tokens.
         order: int32: tokens by place.
-        ranks: int32 ``[slots]``, see ``SlotWriter``.
+        ranks: int32 ``[slots]``, the layer's row of ``SlotWriter``'s.
 
     """
     x = x.contiguous()

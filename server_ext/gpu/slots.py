@@ -4,8 +4,9 @@ A slot has ``max_lora_rank`` columns a layer, of which a point takes two groups:
 from column ``max_lora_rank / 2`` on. Apart, C rounds alike on both sides of a probe, and ``epsilon Z``, for Rademacher
 noise and epsilon a power of two, does not round at all. The basis is written once a slot and adapter, in the first
 slice of a packed layer: its slices read one input, so that V' is theirs in common, and both column groups' too. The
-kernels in ``server_ext.gpu.lora`` know a point's slot by its rank in ``ranks`` and read no other column, so what an
-earlier tenant left there needs no clearing.
+kernels in ``server_ext.gpu.lora`` know a point's slot by its rank in ``ranks``, layer by layer, and read no other
+column, so that what an earlier tenant left there needs no clearing. Layers that an adapter leaves alone have rank 0,
+and cost next to nothing.
 
 Bytes: for Llama-3-8B's seven layers a block and rank 16, 22M coefficients: 88 MB of float32 read and 88 MB of bfloat16
 written, 60 microseconds at 3 TB/s, and as much again when the basis changes.
@@ -35,6 +36,17 @@ PROGRAM_COLUMNS = 512
 """Elements of a basis vector that one program writes."""
 STOCK = -1
 """Rank of a slot that holds an ordinary LoRA of vLLM's."""
+MOST_LAYERS = 4096
+"""That ``ranks`` has rows for: it is made before the layers are, and stays where it is, since CUDA graphs read it."""
+_rows: dict[int, int] = {}
+
+
+def row_of(lora_a: torch.Tensor) -> int:
+    """A LoRA layer's row in ``ranks``, by the buffer of its first slice. Layers get theirs as they come."""
+    row = _rows.setdefault(lora_a.data_ptr(), len(_rows))
+    if row >= MOST_LAYERS:
+        raise RuntimeError(f"there are more than {MOST_LAYERS} LoRA layers")
+    return row
 
 
 @triton.jit
@@ -164,9 +176,22 @@ def find_places(modules: Mapping[str, Any], parts: Callable[[str], Sequence[str]
 
 
 class _Tables:
-    """What the kernels need to know of one adapter, on the device."""
+    """What the kernels need to know of one adapter, on the device.
 
-    def __init__(self, layout: Layout, basis: dict[str, torch.Tensor], places: Mapping[str, Place]) -> None:
+    Attributes:
+        ranks: int32 ``[MOST_LAYERS]``: its rank in the layers that it acts on, 0 in others.
+        partly: layers of which it acts on some slices, and not on others.
+
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        basis: dict[str, torch.Tensor],
+        places: Mapping[str, Place],
+        modules: Mapping[str, Any],
+        parts: Callable[[str], Sequence[str]],
+    ) -> None:
         device = next(iter(basis.values())).device
         rank = layout.rank
         held = [(site, offset, places[site.name]) for site, offset in zip(layout.sites, layout.offsets, strict=True)]
@@ -186,21 +211,31 @@ class _Tables:
         self.a_targets = _addresses((place.lora_a for _, place in readers.values()), device)
         self.a_bases = _addresses((basis[site.input] for site, _ in readers.values()), device)
         self.a_shapes = _int32(((p.first_column, p.lora_a.shape[3]) for _, p in readers.values()), 2, device)
-        self.complete = len(held) == len(places)
+        names = {site.name for site in layout.sites}
+        ranks = torch.zeros(MOST_LAYERS, dtype=torch.int32)
+        self.partly = []
+        for name, module in modules.items():
+            slices = [site in names for site in parts(name)]
+            if any(slices):
+                ranks[row_of(module.lora_a_stacked[0])] = rank
+                if not all(slices):
+                    self.partly.append(module)
+        self.ranks = ranks.to(device)
 
 
 class SlotWriter:
     """Writes points into slots.
 
     Attributes:
-        ranks: int32 ``[slots]``: the rank of a point's slot; ``STOCK`` for any other LoRA; 0 for a slot that is to
-            change nothing.
+        ranks: int32 ``[MOST_LAYERS, slots]``, a row by :func:`row_of` for each layer: the rank of a point's slot;
+            ``STOCK`` for any other LoRA; 0 where the slot is to change nothing.
 
     """
 
     def __init__(self, modules: Mapping[str, Any], parts: Callable[[str], Sequence[str]], ranks: torch.Tensor) -> None:
         self.ranks = ranks
         self._modules = modules
+        self._parts = parts
         self._places = find_places(modules, parts)
         self._like = next(iter(self._places.values())).lora_b
         self._tables: WeakKeyDictionary[AdapterState, _Tables] = WeakKeyDictionary()
@@ -226,7 +261,8 @@ class SlotWriter:
         """
         tables = self._tables.get(state)
         if tables is None:
-            tables = self._tables[state] = _Tables(state.layout, state.basis, self._places)
+            tables = _Tables(state.layout, state.basis, self._places, self._modules, self._parts)
+            self._tables[state] = tables
         rank, slot_rank = state.layout.rank, self._like.shape[3]
         holder = self._holders.get(slot)
         if holder is None or holder() is not state:
@@ -253,18 +289,17 @@ class SlotWriter:
     def clear(self, slot: int) -> None:
         """Makes a slot change nothing."""
         self._holders.pop(slot, None)
-        self.ranks[slot] = 0
+        self.ranks[:, slot] = 0
 
     def release(self, slot: int) -> None:
         """Says that vLLM has written a LoRA of its own into a slot."""
         self._holders.pop(slot, None)
-        self.ranks[slot] = STOCK
+        self.ranks[:, slot] = STOCK
 
     def _take(self, slot: int, state: AdapterState, tables: _Tables) -> None:
-        if not tables.complete:
-            # Sites that this adapter leaves alone must not show what the slot held before.
-            for module in self._modules.values():
-                module.reset_lora(slot)
+        # A layer has one rank for all of its slices, so those left alone must not show what the slot held before.
+        for module in tables.partly:
+            module.reset_lora(slot)
         rank, slot_rank = state.layout.rank, self._like.shape[3]
         _fill_a[(len(tables.a_programs),)](
             tables.a_programs,
@@ -278,7 +313,7 @@ class SlotWriter:
             ROWS=triton.next_power_of_2(rank),
             COLUMNS=PROGRAM_COLUMNS,
         )
-        self.ranks[slot] = rank
+        self.ranks[:, slot] = tables.ranks
         self._holders[slot] = ref(state)
 
 

@@ -18,7 +18,7 @@ from vllm.utils.torch_utils import async_tensor_h2d, direct_register_custom_op
 
 from server_ext.gpu import lora
 from server_ext.gpu.activation import deferred
-from server_ext.gpu.slots import STOCK
+from server_ext.gpu.slots import MOST_LAYERS, STOCK, row_of
 from server_ext.gpu.tiles import most_tiles, slots_of, tiles_of
 
 TOKENS, WITH_SLOT = 0, 1
@@ -46,7 +46,7 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
         self._order = self._batch[3 * tiles : 3 * tiles + max_num_batched_tokens]
         self._slots = self._batch[3 * tiles + max_num_batched_tokens :]
         self._counts = torch.zeros(2, dtype=torch.int32, device="cpu")
-        self.ranks = torch.full((self.max_loras,), STOCK, dtype=torch.int32, device=device)
+        self.ranks = torch.full((MOST_LAYERS, self.max_loras), STOCK, dtype=torch.int32, device=device)
         self.alone = False
 
     def update_metadata(
@@ -107,9 +107,10 @@ def lora_linear(
     tokens, with_slot = counts.tolist()
     if not with_slot:
         return
-    reduced = lora.shrink(x, lora_a, tiles, order, ranks)
-    if not deferred.take_in(y, reduced, lora_b, tiles, order, ranks, tokens):
-        lora.expand(y, reduced, lora_b, tiles, order, ranks)
+    here = ranks[row_of(lora_a[0])]
+    reduced = lora.shrink(x, lora_a, tiles, order, here)
+    if not deferred.take_in(y, reduced, lora_b, tiles, order, here, tokens):
+        lora.expand(y, reduced, lora_b, tiles, order, here)
 
 
 def _lora_linear_fake(

@@ -68,6 +68,18 @@ def test_every_token_gets_its_own_slots_product(slots: list[int], widths: tuple[
     assert torch.equal(y[[i for i, slot in enumerate(slots) if slot < 0]], untouched), "no LoRA means no change at all"
 
 
+def test_slices_that_a_slot_leaves_alone_are_not_multiplied() -> None:
+    slots, widths = [0, 0, 1, -1], (4, 2)
+    a, b = weights(widths, torch.float32)
+    b[0][0] = 0.0
+    a[0][0] = torch.nan
+    x = torch.ones(len(slots), WIDTH)
+    y = torch.ones(len(slots), sum(widths))
+    add_lora_linear(Wrapper(slots), y, x, a, b, 1.0, widths)
+    changed = y != 1.0
+    assert changed.tolist() == [[False] * 4 + [True] * 2] * 2 + [[True] * 6] + [[False] * 6]
+
+
 def test_products_are_taken_in_float32() -> None:
     """With bfloat16 throughout, C = 1 and epsilon Z = 2^-10 beside it would add up to 1."""
     x = torch.ones(1, WIDTH, dtype=torch.bfloat16)

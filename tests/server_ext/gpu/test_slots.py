@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from server_ext.gpu.slots import STOCK, SlotWriter
+from server_ext.gpu.slots import MOST_LAYERS, STOCK, SlotWriter, row_of
 from server_ext.noise import Noise
 from server_ext.store import AdapterState
 from tests.server_ext.gpu.support import DEVICE, DTYPE, layer
@@ -79,13 +79,14 @@ def _check(
 def test_slot_holds_coefficients_noise_and_basis(rank: int, distribution: Distribution) -> None:
     layout = Layout(SITES, rank)
     modules, state, flat = _modules(), _state(layout, distribution), _flat(layout)
-    ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((MOST_LAYERS, SLOTS), STOCK, dtype=torch.int32, device=DEVICE)
     writer = SlotWriter(modules, PARTS.__getitem__, ranks)
     for seed in SEEDS:
         for epsilon in (2.0**-7, -(2.0**-7)):
             writer.write(1, state, flat, seed, epsilon)
             _check(modules, state, flat, distribution, seed, epsilon, slot=1)
-    assert ranks.tolist() == [STOCK, rank, STOCK]
+    for module in modules.values():
+        assert ranks[row_of(module.lora_a_stacked[0])].tolist() == [STOCK, rank, STOCK]
     others = torch.stack([buffer[[0, 2]].amax() for m in modules.values() for buffer in m.lora_b_stacked])
     assert (others == 7.0).all()
 
@@ -95,7 +96,7 @@ def test_tensor_parallel_ranks_hold_their_shares() -> None:
     state, flat = _state(layout, "rademacher"), _flat(layout)
     for shard in range(2):
         modules = _modules(shards=2, shard=shard)
-        ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+        ranks = torch.full((MOST_LAYERS, SLOTS), STOCK, dtype=torch.int32, device=DEVICE)
         SlotWriter(modules, PARTS.__getitem__, ranks).write(0, state, flat, 5, 2.0**-7)
         _check(modules, state, flat, "rademacher", 5, 2.0**-7, slot=0, shards=2, shard=shard)
 
@@ -104,38 +105,42 @@ def test_every_tensor_parallel_rank_holds_all_of_a_replicated_layer() -> None:
     layout = Layout(SITES[3:], 3)
     state, flat = _state(layout, "rademacher"), _flat(layout)
     modules = {"down": layer((640,), 72, SLOTS, SLOT_RANK, shard=1)}
-    ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((MOST_LAYERS, SLOTS), STOCK, dtype=torch.int32, device=DEVICE)
     SlotWriter(modules, PARTS.__getitem__, ranks).write(0, state, flat, 5, 2.0**-7)
     _check(modules, state, flat, "rademacher", 5, 2.0**-7, slot=0)
 
 
-def test_an_adapter_of_fewer_sites_clears_the_others() -> None:
+def test_an_adapter_of_fewer_sites_shows_nothing_of_the_others() -> None:
     modules = _modules()
     every, few = (_state(Layout(sites, 4), "rademacher") for sites in (SITES, SITES[:1]))
-    ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((MOST_LAYERS, SLOTS), STOCK, dtype=torch.int32, device=DEVICE)
     writer = SlotWriter(modules, PARTS.__getitem__, ranks)
     writer.write(0, every, _flat(every.layout), 1, 2.0**-7)
     flat = _flat(few.layout)
     writer.write(0, few, flat, 1, 2.0**-7)
     _check(modules, few, flat, "rademacher", 1, 2.0**-7, slot=0)
-    assert not modules["qkv"].lora_b_stacked[1][0].any()
-    assert not modules["down"].lora_b_stacked[0][0].any()
+    qkv, down = (ranks[row_of(module.lora_a_stacked[0]), 0] for module in modules.values())
+    assert qkv == 4
+    assert not modules["qkv"].lora_b_stacked[1][0].any(), "slices of one layer share its rank"
+    assert down == 0
+    writer.write(0, every, _flat(every.layout), 1, 2.0**-7)
+    assert ranks[row_of(modules["down"].lora_a_stacked[0]), 0] == 4
 
 
 def test_a_slot_that_changed_hands_gets_its_basis_again() -> None:
     modules = _modules()
     layout = Layout(SITES, 4)
     one, other = _state(layout, "rademacher"), _state(layout, "rademacher")
-    ranks = torch.full((SLOTS,), STOCK, dtype=torch.int32, device=DEVICE)
+    ranks = torch.full((MOST_LAYERS, SLOTS), STOCK, dtype=torch.int32, device=DEVICE)
     writer = SlotWriter(modules, PARTS.__getitem__, ranks)
     flat = _flat(layout)
     for state in (one, other, one):
         writer.write(2, state, flat, 3, 2.0**-5)
         _check(modules, state, flat, "rademacher", 3, 2.0**-5, slot=2)
     writer.release(2)
-    assert ranks[2] == STOCK
+    assert (ranks[:, 2] == STOCK).all()
     modules["qkv"].lora_a_stacked[0][2] = 7.0
     writer.write(2, one, flat, 3, 2.0**-5)
     _check(modules, one, flat, "rademacher", 3, 2.0**-5, slot=2)
     writer.clear(2)
-    assert ranks[2] == 0
+    assert (ranks[:, 2] == 0).all()

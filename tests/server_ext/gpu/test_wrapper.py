@@ -13,10 +13,18 @@ pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
 from server_ext.gpu import activation, wrapper
+from server_ext.gpu.slots import MOST_LAYERS, row_of
 from server_ext.gpu.tiles import most_tiles, tiles_of
 from tests.server_ext.gpu.support import DEVICE, DTYPE
 
 TOKENS, INPUTS, WIDTH, RANK, SLOTS = 70, 48, 40, 16, 2
+
+
+def ranks_of(lora_a: list[torch.Tensor], of_slots: list[int]) -> torch.Tensor:
+    """As the wrapper has them, with nothing in any other layer."""
+    ranks = torch.zeros(MOST_LAYERS, SLOTS, dtype=torch.int32, device=DEVICE)
+    ranks[row_of(lora_a[0])] = torch.tensor(of_slots, dtype=torch.int32, device=DEVICE)
+    return ranks
 
 
 @pytest.fixture
@@ -45,7 +53,7 @@ def test_a_term_left_to_the_activation_is_the_term(
     x, y = (torch.randn(TOKENS, n, device=DEVICE).to(DTYPE) for n in (INPUTS, 2 * WIDTH))
     lora_a = [torch.randn(SLOTS, 1, RANK, INPUTS, device=DEVICE).to(DTYPE) * 0.1 for _ in range(2)]
     lora_b = [torch.randn(SLOTS, 1, WIDTH, RANK, device=DEVICE).to(DTYPE) * 0.1 for _ in range(2)]
-    ranks = torch.tensor([4, -1], dtype=torch.int32, device=DEVICE)
+    ranks = ranks_of(lora_a, [4, -1])
     counts = torch.tensor([TOKENS, TOKENS - 10], dtype=torch.int32)
     added, left = y.clone(), y.clone()
     wrapper.lora_linear(added, x, lora_a, lora_b, *batch, ranks, counts)
@@ -67,10 +75,22 @@ def test_a_padded_batch_leaves_no_term(batch: tuple[torch.Tensor, torch.Tensor],
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
     x, y = (torch.ones(TOKENS, n, device=DEVICE, dtype=DTYPE) for n in (INPUTS, 2 * WIDTH))
     lora_a = [torch.ones(SLOTS, 1, RANK, INPUTS, device=DEVICE, dtype=DTYPE)] * 2
-    ranks = torch.tensor([4, -1], dtype=torch.int32, device=DEVICE)
+    ranks = ranks_of(lora_a, [4, -1])
     counts = torch.tensor([TOKENS - 1, TOKENS - 10], dtype=torch.int32)
     wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, counts)
     assert deferred.give_out(y) is None
+    assert (y[10:] != 1).all()
+
+
+def test_a_layer_that_an_adapter_leaves_alone_adds_nothing(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    x, y = (torch.ones(TOKENS, n, device=DEVICE, dtype=DTYPE) for n in (INPUTS, WIDTH))
+    lora_a, other = ([torch.ones(SLOTS, 1, RANK, INPUTS, device=DEVICE, dtype=DTYPE)] for _ in range(2))
+    lora_b = [torch.ones(SLOTS, 1, WIDTH, RANK, device=DEVICE, dtype=DTYPE)]
+    ranks = ranks_of(other, [4, 4])
+    counts = torch.tensor([TOKENS, TOKENS - 10], dtype=torch.int32)
+    wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, counts)
+    assert (y == 1).all()
+    wrapper.lora_linear(y, x, other, lora_b, *batch, ranks, counts)
     assert (y[10:] != 1).all()
 
 
