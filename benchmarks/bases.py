@@ -43,7 +43,8 @@ from gradients import Activations, Bases, Batch, Model
 
 from server_ext.basis import Positions, RangeFinder, random_test_matrix
 from zoact_remote.cli.data import subset
-from zoact_remote.cli.settings import DEFAULTS
+from zoact_remote.cli.settings import DEFAULTS, SitesName
+from zoact_remote.layout import choose_sites
 from zoact_remote.tasks import BUILTIN, load_jsonl
 
 OVERSAMPLING = 8
@@ -66,6 +67,7 @@ class Variant:
         passes: over the rows.
         by_energy: sites get ranks such that all keep about the same share of their activations' energy, with about as
             many coefficients in all as ``rank`` makes.
+        sites: which layers it acts on, see ``zoact_remote.layout.choose_sites``.
         power: an input's columns are scaled by the activations' root mean square along them, to this power, and then
             all alike, so that together they are as large as before.
 
@@ -78,6 +80,7 @@ class Variant:
     centred: bool = False
     passes: int = 1
     by_energy: bool = False
+    sites: SitesName = "all"
     power: float = 0.0
 
 
@@ -99,6 +102,9 @@ VARIANTS = {
     "columns by s^1/2": replace(DEFAULT, power=0.5),
     "columns by s": replace(DEFAULT, power=1.0),
     "columns by s^-1/2": replace(DEFAULT, power=-0.5),
+    "MLPs": replace(DEFAULT, sites="mlp"),
+    "upper half": replace(DEFAULT, sites="upper"),
+    "MLPs of the upper half": replace(DEFAULT, sites="upper-mlp"),
     "of the gradient": replace(DEFAULT, source="gradient"),
 }
 """The last is out of reach: the training rows' gradient's own leading directions, as a measure of what there is."""
@@ -126,7 +132,9 @@ class Calibration:
                 found[name] = torch.linalg.eigh(stacked.T @ stacked).eigenvectors[:, -variant.rank :]
             return found
         rank = HIGHEST_RANK if variant.by_energy else variant.rank
-        basis = {name: self._vectors(variant, name, rank, i) for i, name in enumerate(model.widths)}
+        chosen = set(choose_sites(model.sites, variant.sites))
+        inputs = {site.input for site in model.sites if site.name in chosen}
+        basis = {name: self._vectors(variant, name, rank, i) for i, name in enumerate(model.widths) if name in inputs}
         if variant.by_energy:
             basis = self._cut(variant, basis)
         return self._scaled(variant, basis) if variant.power else basis
@@ -212,10 +220,10 @@ class Worth:
 
 
 def projected(model: Model, gradient: dict[str, torch.Tensor], basis: Bases | None) -> float:
-    """``|G V D|^2`` over all sites; of G itself for None."""
+    """``|G V D|^2`` over the basis's sites; of G itself for None."""
     if basis is None:
         return float(sum(g.square().sum() for g in gradient.values()))
-    return float(sum((gradient[s.name] @ basis[s.input]).square().sum() for s in model.sites))
+    return float(sum((gradient[s.name] @ basis[s.input]).square().sum() for s in model.reading(basis)))
 
 
 def measure(model: Model, bases: dict[str, Bases], batches: Sequence[Batch]) -> dict[str, Worth]:
@@ -241,9 +249,10 @@ def measure(model: Model, bases: dict[str, Bases], batches: Sequence[Batch]) -> 
     whole = squares[""].without_noise(count)
     found = {}
     for name, basis in bases.items():
-        d = sum(site.out_features * basis[site.input].shape[1] for site in model.sites)
+        sites = model.reading(basis)
+        d = sum(site.out_features * basis[site.input].shape[1] for site in sites)
         # Of a random unit step in the coefficients, as a step in the weights.
-        length = sum(site.out_features * float(basis[site.input].square().sum()) for site in model.sites) / d
+        length = sum(site.out_features * float(basis[site.input].square().sum()) for site in sites) / d
         square = squares[name].without_noise(count)
         found[name] = Worth(
             coefficients=d,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from server_ext.inputs import make_sites
-from zoact_remote.layout import Layout
+from zoact_remote.layout import Layout, Site
 
 Bases = dict[str, torch.Tensor]
-"""A basis, its columns scaled, by input: float32 ``[in, r]``."""
+"""A basis, its columns scaled, by input: float32 ``[in, r]``. Sites whose input it does not have are left alone."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,10 @@ class Model:
         self.sites = make_sites((n, m.in_features, m.out_features) for n, m in self.layers.items())
         self.widths = Layout(self.sites, 1).inputs
         self.candidates = torch.zeros(0, dtype=torch.long)
+
+    def reading(self, inputs: Collection[str]) -> list[Site]:
+        """The sites that read one of these inputs."""
+        return [site for site in self.sites if site.input in inputs]
 
     def batches(self, rows: Sequence[dict[str, Any]], size: int) -> list[Batch]:
         """Rows in batches, which from here on are answered with these rows' choices."""
@@ -125,6 +129,8 @@ class Model:
         found = dict.fromkeys(bases, 0.0)
         for site, slope in zip(self.sites, slopes, strict=True):
             for name, basis in bases.items():
+                if site.input not in basis:
+                    continue
                 of_row = torch.einsum("npo,npr->nor", slope, passing[site.name][0] @ basis[site.input])
                 found[name] += float(of_row.square().sum()) / len(batch.ids)
         return found

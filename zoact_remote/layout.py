@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +12,9 @@ from zoact_remote.noise import LANES
 
 ALIGNMENT = max(LANES.values())
 """Every site starts at a multiple of this many elements, so that no block of noise straddles two sites."""
+
+
+_MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -114,3 +118,29 @@ def select_sites(sites: Sequence[Site], patterns: Sequence[str] | None) -> tuple
             raise ValueError(f"{pattern!r} names no site of this model")
     wanted = set(patterns)
     return tuple(site for site in sites if wanted & {site.name, site.name.rpartition(".")[2]})
+
+
+def choose_sites(sites: Sequence[Site], choice: str) -> tuple[str, ...]:
+    """Names of the sites that a choice stands for.
+
+    Args:
+        sites: of the model.
+        choice: ``mlp``: the layers of the MLPs; ``upper``: those in the upper half of the blocks, counted up to the
+            head; ``upper-mlp``: those that are both; ``all``.
+
+    Raises:
+        ValueError: no site of this model is among them.
+
+    """
+    blocks = {site.name: int(number[0]) for site in sites if (number := re.search(r"(?<=\.)\d+(?=\.)", site.name))}
+    numbers = sorted(set(blocks.values()))
+    upper = set(numbers[len(numbers) // 2 :])
+
+    def chosen(name: str) -> bool:
+        fits = choice in ("all", "upper") or name.rpartition(".")[2] in _MLP
+        return fits and (choice in ("all", "mlp") or blocks.get(name) in upper)
+
+    found = tuple(site.name for site in sites if chosen(site.name))
+    if not found:
+        raise ValueError(f"{choice!r} names no layer of this model")
+    return found

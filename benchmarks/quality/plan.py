@@ -76,7 +76,7 @@ METHODS = {
     "paper": Method(
         "ZO-Act as in the paper",
         (3e-4, 1e-3, 3e-3),
-        replace(DEFAULTS, estimator="forward-difference", optimizer="gaussian-adam", positions="prompt"),
+        replace(DEFAULTS, estimator="forward-difference", optimizer="gaussian-adam", positions="prompt", sites="all"),
     ),
     "random": Method("random basis, else ours", (1e-3, 3e-3, 1e-2), _ours_but(Basis(source="random"))),
     # The grid of Malladi et al., arXiv 2305.17333.
@@ -106,6 +106,10 @@ REGIMES = {
         ("pairs", "four pairs a step", _RATE, _FOUR_PAIRS),
         ("pairs-fast", "four pairs a step, twice the rate", 2 * _RATE, _FOUR_PAIRS),
         ("decay", "weight decay", _RATE, replace(DEFAULTS, optimizer="adamw", weight_decay=0.3)),
+        ("upper", "upper half", _RATE, replace(DEFAULTS, sites="upper")),
+        ("mlp", "MLPs", _RATE, replace(DEFAULTS, sites="mlp")),
+        ("upper-mlp", "MLPs of the upper half", _RATE, replace(DEFAULTS, sites="upper-mlp")),
+        ("upper-mlp-fast", "MLPs of the upper half, twice the rate", 2 * _RATE, replace(DEFAULTS, sites="upper-mlp")),
     )
 }
 """Ours in other ways to spend many passes: what is right for four hundred need not be for six thousand."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.strategies import layouts
-from zoact_remote.layout import ALIGNMENT, Layout, Site, select_sites
+from zoact_remote.layout import ALIGNMENT, Layout, Site, choose_sites, select_sites
 
 BLOCK = (
     ("mlp.down_proj", "mlp.down_proj", 12, 4),
@@ -66,6 +67,36 @@ def test_sites_are_selected_by_name_in_the_models_order(patterns: list[str] | No
 def test_a_name_of_no_site_is_refused(patterns: list[str]) -> None:
     with pytest.raises(ValueError, match="names no site"):
         select_sites(SITES, patterns)
+
+
+KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+def of_blocks(numbers: list[int]) -> list[Site]:
+    names = [f"model.layers.{number}.{kind}" for number in numbers for kind in KINDS]
+    return [Site(i, name, name, 8, 8) for i, name in enumerate(names)]
+
+
+@given(st.sets(st.integers(0, 99), min_size=1, max_size=12))
+def test_choices_of_sites_split_blocks_and_kinds(numbers: set[int]) -> None:
+    ordered = sorted(numbers)
+    sites = of_blocks(ordered)
+    everything = [site.name for site in sites]
+    assert list(choose_sites(sites, "all")) == everything
+    mlp = choose_sites(sites, "mlp")
+    assert list(mlp) == [name for name in everything if ".mlp." in name]
+    upper = choose_sites(sites, "upper")
+    # The half nearer to the head, with the block in the middle.
+    assert list(upper) == everything[len(numbers) // 2 * len(KINDS) :]
+    assert set(choose_sites(sites, "upper-mlp")) == set(mlp) & set(upper)
+
+
+def test_a_model_without_blocks_or_mlps_has_none_to_choose() -> None:
+    sites = [Site(0, "head.q_proj", "x", 8, 8)]
+    assert choose_sites(sites, "all") == ("head.q_proj",)
+    for choice in ("mlp", "upper", "upper-mlp"):
+        with pytest.raises(ValueError, match=f"'{choice}' names no layer"):
+            choose_sites(sites, choice)
 
 
 def test_a_layout_needs_sites_and_a_rank() -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 ZERO_SHOT, IMPORTED, CALIBRATED = "zero-shot", "imported", "label-calibrated {}"
 BEFORE, TUNED = "before this run", "tuned"
 
-BASIS_SETTINGS = ("positions", "calibration_rows")
+BASIS_SETTINGS = ("sites", "positions", "calibration_rows")
 """What an adapter that was imported makes no use of."""
 
 
@@ -105,6 +105,7 @@ def train_adapter(
     held_out = subset(held_out, settings.eval_rows)
     info = client.info()
     settings.check_limits(info.limits)
+    sites = settings.choose_sites(info.sites)
     directory.mkdir(parents=True, exist_ok=True)
     about = {
         "name": name,
@@ -120,7 +121,9 @@ def train_adapter(
         if config is not None:
             (directory / CONFIG).write_text(dumps(config), encoding="utf-8")
         started = files.started
-        adapter = client.adapter(name) if started else _ready_adapter(client, name, rows, settings, output, go_on)
+        adapter = (
+            client.adapter(name) if started else _ready_adapter(client, name, rows, settings, sites, output, go_on)
+        )
         files.bind(adapter.info)
         # One that was imported has a rank of its own.
         settings = replace(settings, rank=adapter.info.rank)
@@ -182,11 +185,22 @@ def _train(
 
 
 def _ready_adapter(
-    client: Client, name: str, rows: Sequence[Row], settings: TrainingSettings, output: Output, go_on: bool
+    client: Client,
+    name: str,
+    rows: Sequence[Row],
+    settings: TrainingSettings,
+    sites: Sequence[str],
+    output: Output,
+    go_on: bool,
 ) -> Adapter:
     # An adapter at version 0 is what a run that failed early leaves behind: the next run takes it up.
     adapter = _imported(client, name, settings.noise) or client.create_adapter(
-        name, rank=settings.rank, noise=settings.noise, basis=settings.make_basis(), exist_ok=True
+        name,
+        rank=settings.rank,
+        sites=sites,
+        noise=settings.noise,
+        basis=settings.make_basis(),
+        exist_ok=True,
     )
     if not go_on:
         _check_untrained(adapter)

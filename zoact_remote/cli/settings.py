@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from zoact_remote.early_stopping import EarlyStopping
     from zoact_remote.estimators import Estimator
     from zoact_remote.guard import Guard
+    from zoact_remote.layout import Site
     from zoact_remote.noise import Distribution
     from zoact_remote.optimizers import Optimizer
     from zoact_remote.schedules import Schedule
@@ -18,6 +20,7 @@ EstimatorName = Literal["two-point", "forward-difference", "leave-one-out", "fzo
 OptimizerName = Literal["adam", "adamw", "gaussian-adam", "sgd"]
 ScheduleName = Literal["linear", "constant", "cosine"]
 PositionsName = Literal["scored", "prompt", "both"]
+SitesName = Literal["all", "upper", "mlp", "upper-mlp"]
 Auto = Literal["auto"]
 LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
@@ -56,6 +59,11 @@ class TrainingSettings:
     """Settings of a run, checked by :meth:`check`."""
 
     rank: int = setting(4, "adapter", "Columns of each coefficient matrix.", least=1)
+    sites: SitesName = setting(
+        "all",
+        "adapter",
+        "Layers that are trained: all, those of the upper half of the blocks, of the MLPs, or of both.",
+    )
     positions: PositionsName = setting("scored", "adapter", "Activations that the basis is taken from.")
     calibration_rows: int = setting(64, "adapter", "Training rows that the basis is taken from.", least=1)
 
@@ -143,6 +151,21 @@ class TrainingSettings:
             epsilon=1.0 if self.epsilon == "auto" else self.epsilon,
             learning_rate=1.0 if self.learning_rate == "auto" else self.learning_rate,
         )
+
+    def choose_sites(self, sites: Sequence[Site]) -> tuple[str, ...]:
+        """Names of those that are trained, of a server's; see :func:`zoact_remote.layout.choose_sites`.
+
+        Raises:
+            InvalidValue: there are none.
+
+        """
+        from zoact_remote.errors import InvalidValue
+        from zoact_remote.layout import choose_sites
+
+        try:
+            return choose_sites(sites, self.sites)
+        except ValueError as error:
+            raise InvalidValue("sites", str(error)) from None
 
     def make_basis(self) -> Basis:
         from zoact_remote.wire import Basis

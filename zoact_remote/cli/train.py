@@ -17,6 +17,7 @@ from zoact_remote.cli.settings import (
     OptimizerName,
     PositionsName,
     ScheduleName,
+    SitesName,
     TrainingSettings,
 )
 
@@ -64,6 +65,7 @@ def train(
     eval_data: Annotated[str | None, _option("eval_data", "--eval", metavar="FILE|NAME")] = None,
     hold_out: Annotated[float, _option("hold_out")] = RunConfig.hold_out,
     rank: Annotated[int, _option("rank")] = DEFAULTS.rank,
+    sites: Annotated[SitesName, _option("sites")] = DEFAULTS.sites,
     positions: Annotated[PositionsName, _option("positions")] = DEFAULTS.positions,
     calibration_rows: Annotated[int, _option("calibration_rows")] = DEFAULTS.calibration_rows,
     steps: Annotated[int, _option("steps")] = DEFAULTS.steps,
