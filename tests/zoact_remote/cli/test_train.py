@@ -46,6 +46,12 @@ def test_train_writes_what_the_server_scores(data: str, name: str, client: Clien
     assert "</html>" in (out / "report.html").read_text()
 
 
+def test_train_acts_on_the_layers_asked_for(data: str, name: str, client: Client) -> None:
+    run("train", data, "--adapter", name, *SHORT, "--sites", "upper-mlp")
+    kinds = ("gate_proj", "up_proj", "down_proj")
+    assert sorted(client.adapter(name).info.sites) == sorted(f"model.layers.1.mlp.{kind}" for kind in kinds)
+
+
 @pytest.mark.usefixtures("server")
 def test_train_with_json_writes_json_alone(data: str, name: str) -> None:
     result = run("train", data, "--adapter", name, *SHORT, "--out", "elsewhere", "--json")
