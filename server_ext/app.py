@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -51,8 +52,9 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants
     """Serves a model on the Transformers engine, on a GPU if there is one, until the process is told to end.
 
     ``server_ext.tenants.open_tenants`` says who may come in from where the host is reached. Raises ValueError as
-    :func:`create_app` does.
+    :func:`create_app` does, and for an address that is not free.
     """
+    _check_free(host, port)
     # Imported here, as making an app needs neither.
     import torch
     import uvicorn
@@ -70,3 +72,14 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
     )
+
+
+def _check_free(host: str, port: int) -> None:
+    """Says before a model is loaded what uvicorn would say after."""
+    try:
+        for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+            with socket.socket(family, kind) as trial:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                trial.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen at {host}:{port}: {error.strerror}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeAlias
@@ -275,10 +275,12 @@ def generate_texts(
             return adapter.generate(**asked, max_tokens=max_tokens, stop=stop, version=version).text
 
     texts: list[str] = []
-    for text in side_by_side(ask, range(len(rows))):
-        texts.append(text)
-        if progress is not None:
-            progress(len(texts), len(rows))
+    # Closed at once if the progress raises: what has not begun is left out.
+    with closing(side_by_side(ask, range(len(rows)))) as written:
+        for text in written:
+            texts.append(text)
+            if progress is not None:
+                progress(len(texts), len(rows))
     return tuple(texts)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeAlias
 
@@ -245,10 +246,13 @@ class Rewarded:
             return written.text, reward, len(written.token_ids)
 
         written = []
-        for each in side_by_side(write, [(side, i) for side in sides for i in range(len(rows))]):
-            written.append(each)
-            if progress is not None:
-                progress(len(written), len(sides) * len(rows))
+        asked = [(side, i) for side in sides for i in range(len(rows))]
+        # Closed at once if the progress raises: what has not begun is left out.
+        with closing(side_by_side(write, asked)) as texts:
+            for each in texts:
+                written.append(each)
+                if progress is not None:
+                    progress(len(written), len(asked))
         parts = [written[i : i + len(rows)] for i in range(0, len(written), len(rows))]
         return [_evaluation(at, part) for part in parts]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ AT_ONCE = 32
 """Calls under way at once."""
 
 
-def side_by_side(function: Callable[[T], U], items: Iterable[T]) -> Iterator[U]:
+def side_by_side(function: Callable[[T], U], items: Iterable[T]) -> Generator[U, None, None]:
     """What a function makes of items, in their order; it is called from several threads.
 
     The first failure, in the items' order, ends it: calls that have not begun are left out, and those under way are

@@ -1,6 +1,7 @@
 """``zoact serve``, up to the point where the server takes over."""
 
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.support import KEY, Server
 from tests.zoact_remote.cli.support import run
 from zoact_remote.cli import serve
+from zoact_remote.cli.local_server import free_port
 
 
 def test_serve_prints_its_command_without_the_key() -> None:
@@ -44,8 +46,15 @@ def test_a_share_that_is_none_is_refused(share: str) -> None:
 
 def test_a_state_directory_in_use_is_refused_in_a_line(tiny_model: Path, server: Server) -> None:
     arguments = ("serve", str(tiny_model), "--engine", "transformers", "--state", str(server.state))
-    refused = run(*arguments, code=1).stderr
+    refused = run(*arguments, "--port", str(free_port()), code=1).stderr
     assert f"error: another server uses {server.state} (process" in refused
+
+
+def test_a_port_in_use_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        arguments = ("serve", "no-such-model", "--engine", "transformers", "--state", str(tmp_path), "--port", port)
+        assert f"error: cannot listen at 127.0.0.1:{port}: " in run(*arguments, code=1).stderr
 
 
 @pytest.mark.parametrize(("engine", "extra"), [("vllm", "vllm"), ("transformers", "server")])
