@@ -91,7 +91,10 @@ def _add_normals(
         z0, z1 = normals(w0, w1)
         z2, z3 = normals(w2, w3)
         if SQUARED:
-            z0, z1, z2, z3 = z0 * z0, z1 * z1, z2 * z2, z3 * z3
+            z0 *= z0
+            z1 *= z1
+            z2 *= z2
+            z3 *= z3
         c0 += scale * z0
         c1 += scale * z1
         c2 += scale * z2
