@@ -6,8 +6,9 @@ MODEL is a checkpoint's directory; one without weights will do where ``--row-tok
 vLLM is told ``-- --load-format dummy``. Starts ``zoact serve`` with vLLM and puts a steady load on its OpenAI route:
 requests that arrive at random (Poisson), whatever has become of those before, with prompts of random tokens and answers
 of a fixed length, streamed; every other one is for a tuned adapter by name. Measures the load alone, training alone,
-and both together; then both together once more on a server that treats all requests alike (``--training-share 1``). The
-time to a first token counts from the moment at which its request was due. Prints a table in Markdown.
+and both together; with ``--alike``, both together once more on a server that treats all requests alike
+(``--training-share 1``). The time to a first token counts from the moment at which its request was due. Prints a table
+in Markdown.
 """
 
 from __future__ import annotations
@@ -196,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="of each load; training alone takes half as long")
     parser.add_argument("--trainers", type=int, default=2, help="adapters that train")
     parser.add_argument("--row-tokens", type=int, help="train on rows of so many random tokens in place of tickets")
+    parser.add_argument("--alike", action="store_true", help="also on a server that treats all requests alike")
     options, flags = parser.parse_known_args()
     rows = BUILTIN["tickets"].rows(load_jsonl(TICKETS)) if options.row_tokens is None else random_rows(options)
     print(
@@ -212,9 +214,10 @@ def main() -> None:
             time.sleep(options.seconds / 2)
             show("training alone", None, trainers.rate(since))
             show("both", *together(load, trainers, options.seconds))
-    alike = ["--training-share", "1", *flags]
-    with server(options, alike) as (load, adapters), training(adapters, rows) as trainers:
-        show("both, all requests alike", *together(load, trainers, options.seconds))
+    if options.alike:
+        alike = ["--training-share", "1", *flags]
+        with server(options, alike) as (load, adapters), training(adapters, rows) as trainers:
+            show("both, all requests alike", *together(load, trainers, options.seconds))
 
 
 def together(load: Load, trainers: Trainers, seconds: float) -> tuple[Latencies, float]:

@@ -73,7 +73,7 @@ def quality(name: str, *tasks: str) -> Job:
 def serving(share: str) -> Job:
     load = ["--rate", "8", "--prompt", "512", "--output", "64", "--row-tokens", "128", "--seconds", "60"]
     flags = ["--training-share", share, "--", "--load-format", "dummy", "--max-model-len", "4096"]
-    return Job(f"serving-{share}", 8, script("serving.py", "{out}/llama-8b", *load, *flags))
+    return Job(f"serving-{share}", 7, script("serving.py", "{out}/llama-8b", *load, *flags))
 
 
 ONE_CASE = ("--cases", "32:512:128:token")
@@ -84,8 +84,9 @@ JOBS = [
         "tests", 5, [sys.executable, "-m", "pytest", "-v", "--durations=20", str(ROOT / "tests/server_ext/gpu")], gpus=2
     ),
     Job("training-step", 6, script("gpu/training_step.py", "--eager", "--steps", "5")),
-    serving("0.0625"),
     serving("0.03125"),
+    serving("0.05"),
+    serving("0.0625"),
     Job("throughput", 8, script("gpu/throughput.py", "--kinds", "base", "ours", "stock")),
     Job("ranks", 5, script("gpu/throughput.py", "--eager", "--ranks", "4", "16", "64", *ONE_CASE)),
     Job("probes", 3, script("gpu/throughput.py", "--eager", "--cases", "128:512:128:token")),
