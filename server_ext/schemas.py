@@ -222,10 +222,27 @@ class BasisResult(Message):
     positions_seen: int
 
 
+Count = Annotated[int, Field(ge=0, le=LARGEST_LIMIT)]
+
+
 class Probe(Message):
     seed: Seed
     epsilon: Epsilon
     sides: Literal["both", "plus"] = "both"
+    part: tuple[Count, Count] | None = Field(
+        None,
+        description="[j, q]: evaluated on the j-th, from 0, of q parts of the rows, equal and in order; else on all.",
+    )
+
+    @field_validator("part")
+    @classmethod
+    def _is_one_of_them(cls, part: tuple[int, int] | None) -> tuple[int, int] | None:
+        if part is not None and part[0] >= part[1]:
+            raise ValueError("must be [j, q] with j below q")
+        return part
+
+    def to_wire(self) -> wire.Probe:
+        return wire.Probe(self.seed, self.epsilon, self.sides, self.part)
 
 
 class Normaliser(Message):
@@ -400,9 +417,6 @@ class EngineInfo(Message):
 class NoiseSpec(Message):
     version: int
     distributions: list[str]
-
-
-Count = Annotated[int, Field(ge=0, le=LARGEST_LIMIT)]
 
 
 class TenantLimits(Message):

@@ -50,6 +50,26 @@ class Scorer:
             for point in by_point
         ], len(points) * _tokens(flat)
 
+    async def score_parts(
+        self, tenant: str, points: Sequence[tuple[Point | None, range]], rows: Sequence[TokenRow]
+    ) -> tuple[list[list[RowScore]], int]:
+        """By point the scores of those rows that are its own; and the tokens that went through the model."""
+        places: dict[range, list[int]] = {}
+        for place, (_, part) in enumerate(points):
+            places.setdefault(part, []).append(place)
+        found = await together(
+            *(
+                self.score(tenant, [points[place][0] for place in of_part], rows[part.start : part.stop])
+                for part, of_part in places.items()
+            )
+        )
+        scores = {
+            place: score
+            for of_part, (of_points, _) in zip(places.values(), found, strict=True)
+            for place, score in zip(of_part, of_points, strict=True)
+        }
+        return [scores[place] for place in range(len(points))], sum(tokens for _, tokens in found)
+
     async def _piece(self, tenant: str, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         asked = time.perf_counter()
         async with self._turns.turn(tenant, _tokens(contexts)):

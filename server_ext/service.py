@@ -34,6 +34,7 @@ from server_ext.tenants import Caller
 from server_ext.together import Gone, unless
 from server_ext.tokeniser import Tokeniser
 from zoact_remote.digest import basis_digest, coefficients_digest
+from zoact_remote.errors import InvalidValue
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, Update
@@ -224,8 +225,15 @@ class Service:
         if len(ask.probes) > caller.limits.max_probes:
             message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
             raise invalid("probes", message, BATCH_TOO_LARGE)
-        sides = sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
-        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=sides)
+        everything = range(len(ask.rows))
+        signs = [
+            (probe, part, sign)
+            for probe, part in zip(ask.probes, _parts(ask.probes, len(everything)), strict=True)
+            for sign in ((1, -1) if probe.sides == "both" else (1,))
+        ]
+        evaluated = sum(len(part) for _, part, _ in signs) + ask.base * len(everything)
+        passes = -(-evaluated // len(everything))
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=passes)
         result = None
         wanted = ask.version
         if ask.update is not None:
@@ -236,14 +244,15 @@ class Service:
                 result = await self._change(adapter, ask.update.to_wire(), "update.")
             wanted = result.version
         updated = time.perf_counter()
-        signs = [(p, sign) for p in ask.probes for sign in ((1, -1) if p.sides == "both" else (1,))]
         async with self._at(adapter, wanted, perturbed=bool(signs)) as (version, point):
-            points: list[Point | None] = [
-                replace(point, seed=p.seed, epsilon=sign * p.epsilon) for p, sign in signs if point is not None
+            points: list[tuple[Point | None, range]] = [
+                (replace(point, seed=probe.seed, epsilon=sign * probe.epsilon), part)
+                for probe, part, sign in signs
+                if point is not None
             ]
             if ask.base:
-                points.append(None if adapter.is_model(version) else point)
-            scoring = self._scorer.score(adapter.row.tenant, points, rows)
+                points.append((None if adapter.is_model(version) else point, everything))
+            scoring = self._scorer.score_parts(adapter.row.tenant, points, rows)
             results, tokens = await unless(gone if ask.update is None else None, scoring)
         means = [_mean_loss(scores) for scores in results]
         unperturbed = means.pop() if ask.base else None
@@ -389,3 +398,14 @@ def _journal_entry(entry: Entry) -> schemas.JournalEntry:
 
 def _mean_loss(scores: Sequence[RowScore]) -> float:
     return float(np.mean([score.loss for score in scores]))
+
+
+def _parts(probes: Sequence[schemas.Probe], rows: int) -> list[range]:
+    """The rows, of a batch of so many, that each probe is evaluated on."""
+    found = []
+    for i, probe in enumerate(probes):
+        try:
+            found.append(probe.to_wire().rows_of(rows))
+        except InvalidValue as error:
+            raise invalid(f"probes[{i}].part", str(error).removeprefix("part: ")) from None
+    return found

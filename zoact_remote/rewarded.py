@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -156,13 +157,13 @@ class Rewarded:
             BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
-        sides: list[Side | None] = [
-            Side(probe.seed, probe.epsilon, sign)
+        sides: list[tuple[Side | None, range]] = [
+            (Side(probe.seed, probe.epsilon, sign), probe.rows_of(len(rows)))
             for probe in probes
             for sign in ((1, -1) if probe.sides == "both" else (1,))
         ]
         if base:
-            sides.append(None)
+            sides.append((None, range(len(rows))))
         if not sides:
             raise InvalidValue("probes", "must not be empty unless base is true")
         result = None
@@ -195,7 +196,7 @@ class Rewarded:
             BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
-        (found,) = self._judge(rows, [None], version, progress)
+        (found,) = self._judge(rows, [(None, range(len(rows)))], version, progress)
         return found
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
@@ -221,9 +222,13 @@ class Rewarded:
         return replace(self.adapter.limits(), max_probes=sys.maxsize)
 
     def _judge(
-        self, rows: Sequence[Row], sides: Sequence[Side | None], version: int | None, progress: Progress | None = None
+        self,
+        rows: Sequence[Row],
+        sides: Sequence[tuple[Side | None, range]],
+        version: int | None,
+        progress: Progress | None = None,
     ) -> list[RewardEvaluation]:
-        """By side: what it writes to the rows, and what that is worth."""
+        """By side: what it writes to the rows that are its own, and what that is worth."""
         if not rows:
             raise InvalidValue("rows", "at least one row is needed")
         at = self.adapter.refresh().version if version is None else version
@@ -246,15 +251,15 @@ class Rewarded:
             return written.text, reward, len(written.token_ids)
 
         written = []
-        asked = [(side, i) for side in sides for i in range(len(rows))]
+        asked = [(side, i) for side, part in sides for i in part]
         # Closed at once if the progress raises: what has not begun is left out.
         with closing(side_by_side(write, asked)) as texts:
             for each in texts:
                 written.append(each)
                 if progress is not None:
                     progress(len(written), len(asked))
-        parts = [written[i : i + len(rows)] for i in range(0, len(written), len(rows))]
-        return [_evaluation(at, part) for part in parts]
+        found = iter(written)
+        return [_evaluation(at, list(islice(found, len(part)))) for _, part in sides]
 
     def _sampling_seed(self, version: int, row: int) -> int:
         """The seed, of 63 bits, that a row is sampled with at a version and around it."""

@@ -106,6 +106,9 @@ REGIMES = {
         ("pairs", "four pairs a step", _RATE, _FOUR_PAIRS),
         ("pairs-fast", "four pairs a step, twice the rate", 2 * _RATE, _FOUR_PAIRS),
         ("decay", "weight decay", _RATE, replace(DEFAULTS, optimizer="adamw", weight_decay=0.3)),
+        ("split-4", "four probes share the rows", _RATE, replace(DEFAULTS, probes=4, split=True)),
+        ("split-16", "a probe for every row", _RATE, replace(DEFAULTS, probes=16, split=True)),
+        ("split-16-fast", "a probe for every row, twice the rate", 2 * _RATE, replace(DEFAULTS, probes=16, split=True)),
         ("upper", "upper half", _RATE, replace(DEFAULTS, sites="upper")),
         ("mlp", "MLPs", _RATE, replace(DEFAULTS, sites="mlp")),
         ("upper-mlp", "MLPs of the upper half", _RATE, replace(DEFAULTS, sites="upper-mlp")),
@@ -218,9 +221,11 @@ class Plan:
 
 
 def passes_a_step(settings: TrainingSettings) -> int:
-    """Forward passes: each probe's sides, and the unperturbed loss if it is asked for."""
+    """Forward passes of a batch: each probe's sides, on its part of the rows, and the unperturbed loss if asked for."""
     ask = settings.make_estimator().ask(itertools.count().__next__)
-    return sum(2 if probe.sides == "both" else 1 for probe in ask.probes) + ask.base
+    rows = settings.batch_size
+    sides = sum(len(probe.rows_of(rows)) * (2 if probe.sides == "both" else 1) for probe in ask.probes)
+    return sides // rows + ask.base
 
 
 def calibration_passes(settings: TrainingSettings) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,24 @@ def test_losses_are_those_of_the_model_in_float64(
         assert abs(found.plus - found.minus) > 1e-2, "the probe must matter for this test to say anything"
     else:
         assert sides == "plus"
+
+
+def test_a_probe_of_a_part_sees_its_own_rows(client: Client) -> None:
+    adapter = trained_adapter(client)
+    rows = ROWS[:4]
+    probes = [Probe(1, 0.25, part=(0, 2)), Probe(2, 0.25, part=(1, 2)), Probe(3, 0.25), Probe(4, 0.5, "plus", (3, 4))]
+    answer = adapter.losses(rows, probes, base=True)
+    for probe, found in zip(probes, answer.losses, strict=True):
+        share = [rows[i] for i in probe.rows_of(len(rows))]
+        (alone,) = adapter.losses(share, [replace(probe, part=None)]).losses
+        assert found.seed == probe.seed
+        assert found.plus == pytest.approx(alone.plus, abs=1e-5)
+        assert found.minus == (None if probe.sides == "plus" else pytest.approx(alone.minus, abs=1e-5))
+    assert answer.base == pytest.approx(adapter.losses(rows, [], base=True).base, abs=1e-5)
+    assert answer.losses[0].plus != pytest.approx(adapter.losses(rows, [Probe(1, 0.25)]).losses[0].plus, abs=1e-4)
+    whole = adapter.losses(rows, [Probe(3, 0.25)]).tokens
+    parts = adapter.losses(rows, [Probe(i, 0.25, part=(i, 4)) for i in range(4)]).tokens
+    assert parts == whole, "together they see every row once a side"
 
 
 def test_losses_without_probes_give_the_unperturbed_loss(client: Client, reference: Reference) -> None:

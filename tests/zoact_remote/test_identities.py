@@ -184,3 +184,30 @@ def test_what_a_basis_keeps_of_the_gradient() -> None:
     sphere = math.exp(math.lgamma(size / 2) - math.lgamma((size + 1) / 2)) / math.sqrt(math.pi)
     assert_mean(cosines, sphere * share)
     assert_mean([cosine**2 for cosine in cosines], share**2 / size)
+
+
+@given(MATRICES, st.sampled_from([1, SIZE]))
+def test_probes_that_share_the_rows_vary_by_the_gradients_of_their_parts(gradients: Vector, probes: int) -> None:
+    """``E |g|^2 = (d sum_j |G_j|^2 + |sum_j G_j|^2 - sum_j |G_j|^2) / q^2`` with G_j the mean gradient of part j."""
+    estimator = TwoPoint(0.5, probes, split=True)
+    ask = estimator.ask(itertools.count().__next__)
+    parts = gradients.reshape(probes, SIZE // probes, SIZE).mean(axis=1)
+    mean, square = np.zeros(SIZE), 0.0
+    for directions in over_every_sign(probes):
+        losses = [
+            ProbeLoss(
+                probe.seed,
+                probe.epsilon,
+                float(np.mean([gradients[i] @ (probe.epsilon * z) for i in probe.rows_of(SIZE)])),
+                float(np.mean([gradients[i] @ (-probe.epsilon * z) for i in probe.rows_of(SIZE)])),
+            )
+            for probe, z in zip(ask.probes, directions, strict=True)
+        ]
+        found = [g for _, g in estimator.tell(Losses(0, tuple(losses), None, 0)).terms]
+        estimate = np.array(found) @ np.array(directions)
+        mean += estimate / len(EVERY_SIGN) ** probes
+        square += estimate @ estimate / len(EVERY_SIGN) ** probes
+    np.testing.assert_allclose(mean, gradients.mean(axis=0), atol=1e-9)
+    squares = np.sum(parts**2)
+    expected = ((SIZE - 1) * squares + np.sum(parts.sum(axis=0) ** 2)) / probes**2
+    assert math.isclose(square, expected, rel_tol=1e-9, abs_tol=1e-9)

@@ -57,6 +57,10 @@ def test_update_survives_json_exactly(update: Update) -> None:
         (lambda: Probe(1, math.nan), "epsilon"),
         (lambda: Probe(1, math.inf), "epsilon"),
         (lambda: Probe(1, 0.1, "minus"), "sides"),  # type: ignore[arg-type]
+        (lambda: Probe(1, 0.1, part=(2, 2)), "part"),
+        (lambda: Probe(1, 0.1, part=(-1, 2)), "part"),
+        (lambda: Probe(1, 0.1, part=(0, 3)).rows_of(4), "part"),
+        (lambda: Probe(1, 0.1, part=(0, 1)).rows_of(0), "part"),
         (lambda: Side(1, 0.1, 0), "sign"),  # type: ignore[arg-type]
         (lambda: Update(-1, ()), "base_version"),
         (lambda: Update(0, ((1, 0.5), (2, math.nan))), "terms[1][1]"),
@@ -77,6 +81,18 @@ def test_wrong_values_are_named(make: object, param: str) -> None:
         make()  # type: ignore[operator]
     assert caught.value.param == param
     assert str(caught.value).startswith(f"{param}: ")
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_parts_hold_every_row_once(parts: int, length: int) -> None:
+    probes = [Probe(1, 0.1, part=(i, parts)) for i in range(parts)]
+    shares = [probe.rows_of(parts * length) for probe in probes]
+    assert [i for share in shares for i in share] == list(range(parts * length))
+    assert {len(share) for share in shares} == {length}
+    assert Probe(1, 0.1).rows_of(length) == range(length)
+    assert "part" not in Probe(1, 0.1).to_json()
+    for probe in probes:
+        assert schemas.Probe(**probe.to_json()).to_wire() == probe
 
 
 def test_numpy_scalars_become_plain_ones() -> None:

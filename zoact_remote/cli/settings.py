@@ -73,6 +73,9 @@ class TrainingSettings:
     probes: int | None = setting(
         None, "method", "Directions a step; if not given 1, but 4 for leave-one-out and 8 for fzoo.", least=1
     )
+    split: bool = setting(
+        False, "method", "Give each of two-point's directions an equal part of the rows, so that all take two passes."
+    )
     epsilon: float | Auto = setting(
         2.0**-7, "method", "Distance of a probe, best a power of two; 'auto' to measure it first (two-point alone)."
     )
@@ -133,6 +136,11 @@ class TrainingSettings:
             raise InvalidValue("momentum", f"is for sgd; {self.optimizer} has its own")
         if self.patience is not None and self.eval_every is None:
             raise InvalidValue("patience", "counts evaluations: say after how many steps there is one (--eval-every)")
+        if self.split:
+            if self.estimator != "two-point":
+                raise InvalidValue("split", f"is for two-point; {self.estimator} compares losses of the same rows")
+            if self.batch_size % (self.resolved().probes or 1):
+                raise InvalidValue("split", f"{self.batch_size} rows a step do not come in {self.probes} equal parts")
         numbers = self._in_numbers()
         numbers.make_estimator()
         numbers.make_optimizer()
@@ -190,6 +198,8 @@ class TrainingSettings:
         assert not isinstance(self.epsilon, str)
         probes = self.resolved().probes
         assert probes is not None
+        if self.split:
+            return TwoPoint(self.epsilon, probes, split=True)
         return kinds[self.estimator](epsilon=self.epsilon, probes=probes)
 
     def make_optimizer(self) -> Optimizer:

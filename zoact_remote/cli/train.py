@@ -72,6 +72,7 @@ def train(
     batch_size: Annotated[int, _option("batch_size")] = DEFAULTS.batch_size,
     estimator: Annotated[EstimatorName, _option("estimator")] = DEFAULTS.estimator,
     probes: Annotated[int | None, _option("probes")] = None,
+    split: Annotated[bool, _option("split", "--split")] = DEFAULTS.split,
     epsilon: Annotated[str, _option("epsilon", **_NUMBER_OR_AUTO)] = str(DEFAULTS.epsilon),
     optimizer: Annotated[OptimizerName, _option("optimizer")] = DEFAULTS.optimizer,
     momentum: Annotated[float, _option("momentum")] = DEFAULTS.momentum,

@@ -105,20 +105,41 @@ class Probe:
         seed: 0 to 2^64 - 1.
         epsilon: greater than 0. A power of two scales Z without rounding.
         sides: ``"both"`` or ``"plus"``.
+        part: ``(j, q)`` for the rows of the batch that it is evaluated on, the j-th, from 0, of q parts of equal length
+            in the rows' order; None for all of them.
 
     """
 
     seed: int
     epsilon: float
     sides: Sides = "both"
+    part: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", _seed(self.seed, "seed"))
         object.__setattr__(self, "epsilon", _number(self.epsilon, "epsilon", above=0))
         _choice(self.sides, "sides", get_args(Sides))
+        if self.part is not None and not 0 <= self.part[0] < self.part[1]:
+            raise InvalidValue("part", f"must be (j, q) with 0 <= j < q, got {self.part}")
+
+    def rows_of(self, count: int) -> range:
+        """The rows that it is evaluated on, of a batch of so many.
+
+        Raises:
+            InvalidValue: they cannot be parted equally.
+
+        """
+        if self.part is None:
+            return range(count)
+        place, parts = self.part
+        length, rest = divmod(count, parts)
+        if rest or not length:
+            raise InvalidValue("part", f"{count} rows do not come in {parts} parts of equal length")
+        return range(place * length, (place + 1) * length)
 
     def to_json(self) -> Json:
-        return {"seed": self.seed, "epsilon": self.epsilon, "sides": self.sides}
+        made: Json = {"seed": self.seed, "epsilon": self.epsilon, "sides": self.sides}
+        return made if self.part is None else made | {"part": list(self.part)}
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def test_what_is_wrong_is_named(content: str, param: str, message: str) -> None:
         ({"warmup": 400}, "steps"),
         ({"estimator": "fzoo", "probes": 1}, "probes"),
         ({"epsilon": 0.0}, "epsilon"),
+        ({"estimator": "leave-one-out", "split": True}, "split"),
+        ({"probes": 3, "split": True}, "split"),
         ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )
