@@ -57,12 +57,16 @@ def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, 
             output.note(f"epsilon {choice.epsilon:g}: the losses' noise is {choice.noise:.2g} nats")
         if settings.learning_rate == AUTO:
             numbers = _with(settings, {"learning_rate": 1.0, **found})
+            few = min(BATCHES * settings.batch_size, len(rows))
+            if settings.split:
+                # Directions that share rows want as many each.
+                few -= few % (settings.probes or 1)
             with output.waiting("looking for a learning rate"):
                 test = find_learning_rate(
                     adapter,
                     numbers.make_estimator(),
                     numbers.make_optimizer(),
-                    subset(rows, BATCHES * settings.batch_size),
+                    subset(rows, few),
                     seed=settings.seed,
                 )
             found |= {"learning_rate": test.learning_rate, "range_test": [test.learning_rates, test.losses]}

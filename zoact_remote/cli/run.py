@@ -189,7 +189,7 @@ def _ready_adapter(
     name: str,
     rows: Sequence[Row],
     settings: TrainingSettings,
-    sites: Sequence[str],
+    sites: Sequence[str] | None,
     output: Output,
     go_on: bool,
 ) -> Adapter:

@@ -139,7 +139,9 @@ class TrainingSettings:
         if self.split:
             if self.estimator != "two-point":
                 raise InvalidValue("split", f"is for two-point; {self.estimator} compares losses of the same rows")
-            if self.batch_size % (self.resolved().probes or 1):
+            if self.probes is None or self.probes < 2:
+                raise InvalidValue("split", "needs directions to share the rows: say how many (--probes)")
+            if self.batch_size % self.probes:
                 raise InvalidValue("split", f"{self.batch_size} rows a step do not come in {self.probes} equal parts")
         numbers = self._in_numbers()
         numbers.make_estimator()
@@ -160,8 +162,8 @@ class TrainingSettings:
             learning_rate=1.0 if self.learning_rate == "auto" else self.learning_rate,
         )
 
-    def choose_sites(self, sites: Sequence[Site]) -> tuple[str, ...]:
-        """Names of those that are trained, of a server's; see :func:`zoact_remote.layout.choose_sites`.
+    def choose_sites(self, sites: Sequence[Site]) -> tuple[str, ...] | None:
+        """Names of those that are trained, of a server's; None for all. See :func:`zoact_remote.layout.choose_sites`.
 
         Raises:
             InvalidValue: there are none.
@@ -170,6 +172,8 @@ class TrainingSettings:
         from zoact_remote.errors import InvalidValue
         from zoact_remote.layout import choose_sites
 
+        if self.sites == "all":
+            return None
         try:
             return choose_sites(sites, self.sites)
         except ValueError as error:

@@ -94,6 +94,7 @@ def test_what_is_wrong_is_named(content: str, param: str, message: str) -> None:
         ({"epsilon": 0.0}, "epsilon"),
         ({"estimator": "leave-one-out", "split": True}, "split"),
         ({"probes": 3, "split": True}, "split"),
+        ({"split": True}, "split"),
         ({"learning_rate": -1.0}, "learning_rate"),
     ],
 )

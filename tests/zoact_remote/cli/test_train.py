@@ -52,6 +52,15 @@ def test_train_acts_on_the_layers_asked_for(data: str, name: str, client: Client
     assert sorted(client.adapter(name).info.sites) == sorted(f"model.layers.1.mlp.{kind}" for kind in kinds)
 
 
+def test_directions_share_the_rows_of_a_step(data: str, name: str, client: Client) -> None:
+    run("train", data, "--adapter", name, *SHORT, "--probes", "2", "--split", "--learning-rate", "auto")
+    metrics = [json.loads(line) for line in (results_of(name) / "metrics.jsonl").read_text().splitlines()]
+    assert [len(record["terms"]) for record in metrics] == [2, 2]
+    rows = TASK.rows(RECORDS[: -len(HELD_OUT)])
+    tokens = client.adapter(name).scores(rows, version=0).tokens / len(rows)
+    assert all(record["tokens"] < 2 * 2 * 1.5 * tokens for record in metrics), "two sides of two rows, not of four"
+
+
 @pytest.mark.usefixtures("server")
 def test_train_with_json_writes_json_alone(data: str, name: str) -> None:
     result = run("train", data, "--adapter", name, *SHORT, "--out", "elsewhere", "--json")
