@@ -64,7 +64,7 @@ class Counted:
         version: int | None = None,
         update: Update | None = None,
     ) -> Losses:
-        self.passes += len(rows) * (sum(2 if probe.sides == "both" else 1 for probe in probes) + base)
+        self.passes += len(rows) * (sum(len(probe.signs) for probe in probes) + base)
         return self.adapter.losses(rows, probes, base=base, version=version, update=update)
 
     def rollback(self, version: int) -> UpdateResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
+from itertools import islice
 
 from server_ext.engines.base import Engine
 from server_ext.fairness import FairQueue
@@ -33,42 +33,21 @@ class Scorer:
         self._metrics = metrics
 
     async def score(
-        self, tenant: str, points: Sequence[Point | None], rows: Sequence[TokenRow]
-    ) -> tuple[list[list[RowScore]], int]:
-        """By point (None for the model itself) the rows' scores; and the tokens that went through the model."""
-        contexts = [contexts_of(row) for row in rows]
-        bounds = list(pairwise(accumulate((len(c) for c in contexts), initial=0)))
-        flat = [context for row in contexts for context in row]
-        pieces = _pieces(flat, self._engine.tokens_at_once // PIECES_AT_ONCE)
-        scores = await together(*(self._piece(tenant, point, piece) for point in points for piece in pieces))
-        by_point = [
-            [score for piece in scores[i : i + len(pieces)] for score in piece]
-            for i in range(0, len(scores), len(pieces))
-        ]
-        return [
-            [score_of(r, c, point[a:b]) for r, c, (a, b) in zip(rows, contexts, bounds, strict=True)]
-            for point in by_point
-        ], len(points) * _tokens(flat)
-
-    async def score_parts(
         self, tenant: str, points: Sequence[tuple[Point | None, range]], rows: Sequence[TokenRow]
     ) -> tuple[list[list[RowScore]], int]:
-        """By point the scores of those rows that are its own; and the tokens that went through the model."""
-        places: dict[range, list[int]] = {}
-        for place, (_, part) in enumerate(points):
-            places.setdefault(part, []).append(place)
-        found = await together(
-            *(
-                self.score(tenant, [points[place][0] for place in of_part], rows[part.start : part.stop])
-                for part, of_part in places.items()
-            )
+        """By point (None for the model itself) the scores of the rows beside it; and the tokens that went through."""
+        contexts = [contexts_of(row) for row in rows]
+        flat = {part: [context for i in part for context in contexts[i]] for part in {part for _, part in points}}
+        at_once = self._engine.tokens_at_once // PIECES_AT_ONCE
+        pieces = {part: _pieces(of_part, at_once) for part, of_part in flat.items()}
+        scores = iter(
+            await together(*(self._piece(tenant, point, piece) for point, part in points for piece in pieces[part]))
         )
-        scores = {
-            place: score
-            for of_part, (of_points, _) in zip(places.values(), found, strict=True)
-            for place, score in zip(of_part, of_points, strict=True)
-        }
-        return [scores[place] for place in range(len(points))], sum(tokens for _, tokens in found)
+        by_point = []
+        for _, part in points:
+            of_point = iter([score for _ in pieces[part] for score in next(scores)])
+            by_point.append([score_of(rows[i], contexts[i], list(islice(of_point, len(contexts[i])))) for i in part])
+        return by_point, sum(_tokens(flat[part]) for _, part in points)
 
     async def _piece(self, tenant: str, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         asked = time.perf_counter()

@@ -37,7 +37,7 @@ from zoact_remote.digest import basis_digest, coefficients_digest
 from zoact_remote.errors import InvalidValue
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
-from zoact_remote.wire import Change, Rollback, Update
+from zoact_remote.wire import Change, Probe, Rollback, Update
 
 
 class Service:
@@ -226,11 +226,7 @@ class Service:
             message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
             raise invalid("probes", message, BATCH_TOO_LARGE)
         everything = range(len(ask.rows))
-        signs = [
-            (probe, part, sign)
-            for probe, part in zip(ask.probes, _parts(ask.probes, len(everything)), strict=True)
-            for sign in ((1, -1) if probe.sides == "both" else (1,))
-        ]
+        signs = [(probe, part, sign) for probe, part in _parts(ask.probes, len(everything)) for sign in probe.signs]
         evaluated = sum(len(part) for _, part, _ in signs) + ask.base * len(everything)
         passes = -(-evaluated // len(everything))
         rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=passes)
@@ -252,7 +248,7 @@ class Service:
             ]
             if ask.base:
                 points.append((None if adapter.is_model(version) else point, everything))
-            scoring = self._scorer.score_parts(adapter.row.tenant, points, rows)
+            scoring = self._scorer.score(adapter.row.tenant, points, rows)
             results, tokens = await unless(gone if ask.update is None else None, scoring)
         means = [_mean_loss(scores) for scores in results]
         unperturbed = means.pop() if ask.base else None
@@ -283,7 +279,8 @@ class Service:
         adapter = await self.registry.calibrated(name)
         rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=1)
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
-            (scores,), tokens = await unless(gone, self._scorer.score(adapter.row.tenant, [point], rows))
+            scoring = self._scorer.score(adapter.row.tenant, [(point, range(len(rows)))], rows)
+            (scores,), tokens = await unless(gone, scoring)
         return schemas.Scores(
             version=version,
             rows=[
@@ -400,12 +397,12 @@ def _mean_loss(scores: Sequence[RowScore]) -> float:
     return float(np.mean([score.loss for score in scores]))
 
 
-def _parts(probes: Sequence[schemas.Probe], rows: int) -> list[range]:
-    """The rows, of a batch of so many, that each probe is evaluated on."""
+def _parts(asked: Sequence[schemas.Probe], rows: int) -> list[tuple[Probe, range]]:
+    """The probes, each with its rows of a batch of so many."""
     found = []
-    for i, probe in enumerate(probes):
+    for i, probe in enumerate(each.to_wire() for each in asked):
         try:
-            found.append(probe.to_wire().rows_of(rows))
+            found.append((probe, probe.rows_of(rows)))
         except InvalidValue as error:
             raise invalid(f"probes[{i}].part", str(error).removeprefix("part: ")) from None
     return found

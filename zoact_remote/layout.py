@@ -12,8 +12,6 @@ from zoact_remote.noise import LANES
 
 ALIGNMENT = max(LANES.values())
 """Every site starts at a multiple of this many elements, so that no block of noise straddles two sites."""
-
-
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 

@@ -160,7 +160,7 @@ class Rewarded:
         sides: list[tuple[Side | None, range]] = [
             (Side(probe.seed, probe.epsilon, sign), probe.rows_of(len(rows)))
             for probe in probes
-            for sign in ((1, -1) if probe.sides == "both" else (1,))
+            for sign in probe.signs
         ]
         if base:
             sides.append((None, range(len(rows))))

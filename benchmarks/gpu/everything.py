@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+import geometry
+
+ROOT = Path(__file__).parent.parent.parent
 POLL_S = 0.5
 KILLED_WITHIN_S = 20.0
 """Servers that a job has started end with it, in so many seconds."""
@@ -157,8 +158,8 @@ def main() -> None:
                     done[one.job.name] = one.process.returncode
                     noted.write_text(json.dumps(done))
             minutes = (deadline - time.monotonic()) / 60
-            for job in [job for job in jobs if job.gpus <= len(free) and job.minutes <= minutes]:
-                if job.gpus > len(free):
+            for job in list(jobs):
+                if job.gpus > len(free) or job.minutes > minutes:
                     continue
                 jobs.remove(job)
                 gpus = sorted(free)[: job.gpus]
@@ -187,8 +188,6 @@ def filled(argument: str, places: dict[str, object]) -> str:
 
 def prepare(out: Path) -> None:
     """Makes the directory, with the geometry that serving is measured with."""
-    import geometry
-
     out.mkdir(parents=True, exist_ok=True)
     geometry.write("llama-8b", out / "llama-8b")
 

@@ -224,8 +224,7 @@ def passes_a_step(settings: TrainingSettings) -> int:
     """Forward passes of a batch: each probe's sides, on its part of the rows, and the unperturbed loss if asked for."""
     ask = settings.make_estimator().ask(itertools.count().__next__)
     rows = settings.batch_size
-    sides = sum(len(probe.rows_of(rows)) * (2 if probe.sides == "both" else 1) for probe in ask.probes)
-    return sides // rows + ask.base
+    return sum(len(probe.signs) * len(probe.rows_of(rows)) for probe in ask.probes) // rows + ask.base
 
 
 def calibration_passes(settings: TrainingSettings) -> int:

@@ -10,7 +10,6 @@ cosines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,48 +30,15 @@ _GAMMA, _LAST_SHIFT = tl.constexpr(GAMMA), tl.constexpr(LAST_SHIFT)
 
 
 @triton.jit(do_not_specialize=["count"])
-def _add_signs(
-    flat,  # float32 [blocks * 128]
+def _add_terms(
+    flat,  # float32 [blocks * LANES]
     counters,  # int64 [blocks]: number of the block in its site
     sites,  # int64 [blocks]
     terms,  # int32 [3, count]: halves of the seed, and the scalar's bits
     count,
     blocks,
     STREAM: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
-    place = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    mine = place < blocks
-    block = tl.load(counters + place, mask=mine, other=0).to(tl.int32)
-    site = tl.load(sites + place, mask=mine, other=0).to(tl.int32)
-    here = flat + (place.to(tl.int64) * 128)[:, None] + tl.arange(0, 32)[None, :]
-    mask = mine[:, None]
-    c0 = tl.load(here, mask=mask, other=0.0)
-    c1 = tl.load(here + 32, mask=mask, other=0.0)
-    c2 = tl.load(here + 64, mask=mask, other=0.0)
-    c3 = tl.load(here + 96, mask=mask, other=0.0)
-    for i in range(count):
-        scale = tl.load(terms + 2 * count + i).to(tl.float32, bitcast=True)
-        w0, w1, w2, w3 = philox_words(block, site, tl.load(terms + i), tl.load(terms + count + i), STREAM)
-        c0 += scale * signs(w0)
-        c1 += scale * signs(w1)
-        c2 += scale * signs(w2)
-        c3 += scale * signs(w3)
-    tl.store(here, c0, mask=mask)
-    tl.store(here + 32, c1, mask=mask)
-    tl.store(here + 64, c2, mask=mask)
-    tl.store(here + 96, c3, mask=mask)
-
-
-@triton.jit(do_not_specialize=["count"])
-def _add_normals(
-    flat,  # float32 [blocks * 4]
-    counters,  # int64 [blocks]: number of the block in its site
-    sites,  # int64 [blocks]
-    terms,  # int32 [3, count]: halves of the seed, and the scalar's bits
-    count,
-    blocks,
-    STREAM: tl.constexpr,
+    LANES: tl.constexpr,
     SQUARED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
@@ -80,16 +46,27 @@ def _add_normals(
     mine = place < blocks
     block = tl.load(counters + place, mask=mine, other=0).to(tl.int32)
     site = tl.load(sites + place, mask=mine, other=0).to(tl.int32)
-    here = flat + place.to(tl.int64) * 4
-    c0 = tl.load(here, mask=mine, other=0.0)
-    c1 = tl.load(here + 1, mask=mine, other=0.0)
-    c2 = tl.load(here + 2, mask=mine, other=0.0)
-    c3 = tl.load(here + 3, mask=mine, other=0.0)
+    here = flat + place.to(tl.int64) * LANES
+    mask = mine
+    if LANES == 128:
+        here = here[:, None] + tl.arange(0, 32)[None, :]
+        mask = mine[:, None]
+    # A quarter of a block's values comes from each of Philox's words, or from their pairs.
+    c0 = tl.load(here, mask=mask, other=0.0)
+    c1 = tl.load(here + LANES // 4, mask=mask, other=0.0)
+    c2 = tl.load(here + LANES // 2, mask=mask, other=0.0)
+    c3 = tl.load(here + 3 * LANES // 4, mask=mask, other=0.0)
     for i in range(count):
         scale = tl.load(terms + 2 * count + i).to(tl.float32, bitcast=True)
         w0, w1, w2, w3 = philox_words(block, site, tl.load(terms + i), tl.load(terms + count + i), STREAM)
-        z0, z1 = normals(w0, w1)
-        z2, z3 = normals(w2, w3)
+        if LANES == 128:
+            z0 = signs(w0)
+            z1 = signs(w1)
+            z2 = signs(w2)
+            z3 = signs(w3)
+        else:
+            z0, z1 = normals(w0, w1)
+            z2, z3 = normals(w2, w3)
         if SQUARED:
             z0 *= z0
             z1 *= z1
@@ -99,10 +76,10 @@ def _add_normals(
         c1 += scale * z1
         c2 += scale * z2
         c3 += scale * z3
-    tl.store(here, c0, mask=mine)
-    tl.store(here + 1, c1, mask=mine)
-    tl.store(here + 2, c2, mask=mine)
-    tl.store(here + 3, c3, mask=mine)
+    tl.store(here, c0, mask=mask)
+    tl.store(here + LANES // 4, c1, mask=mask)
+    tl.store(here + LANES // 2, c2, mask=mask)
+    tl.store(here + 3 * LANES // 4, c3, mask=mask)
 
 
 @triton.jit
@@ -149,14 +126,12 @@ def add_terms(
     seeds, scalars = zip(*terms, strict=True)
     table = torch.from_numpy(np.concatenate([seed_halves(seeds), np.array([scalars], np.float32).view(np.int32)]))
     blocks = BLOCKS[distribution]
-    given = flat, counters, sites, table.to(flat.device), len(terms), len(counters)
-    options: dict[str, Any] = {"STREAM": STREAMS[distribution], "BLOCKS": blocks, "num_warps": 4}
-    grid = (triton.cdiv(len(counters), blocks),)
-    if distribution == "rademacher":
-        _add_signs[grid](*given, **options)
-    else:
-        # A fused multiplication and addition rounds once, PyTorch twice.
-        _add_normals[grid](*given, SQUARED=squared, enable_fp_fusion=False, **options)
+    _add_terms[(triton.cdiv(len(counters), blocks),)](
+        flat, counters, sites, table.to(flat.device), len(terms), len(counters),
+        STREAM=STREAMS[distribution], LANES=LANES[distribution], SQUARED=squared, BLOCKS=blocks, num_warps=4,
+        # A fused multiplication and addition rounds once, PyTorch twice; times a sign there is nothing to round.
+        enable_fp_fusion=distribution == "rademacher",
+    )  # fmt: skip
 
 
 def digest_sums(flat: torch.Tensor) -> torch.Tensor:

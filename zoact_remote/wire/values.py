@@ -122,6 +122,11 @@ class Probe:
         if self.part is not None and not 0 <= self.part[0] < self.part[1]:
             raise InvalidValue("part", f"must be (j, q) with 0 <= j < q, got {self.part}")
 
+    @property
+    def signs(self) -> tuple[Literal[1, -1], ...]:
+        """Of the sides that it has."""
+        return (1, -1) if self.sides == "both" else (1,)
+
     def rows_of(self, count: int) -> range:
         """The rows that it is evaluated on, of a batch of so many.
 
