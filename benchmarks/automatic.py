@@ -116,7 +116,7 @@ def trained(
 ) -> list[str]:
     """Measures, trains with what is left of the passes, and evaluates; the cells of the choice's row."""
     batch, counted = options.batch_size, Counted(adapter)
-    epsilon, rate = float(DEFAULTS.epsilon), float(DEFAULTS.learning_rate)
+    epsilon, rate = float(DEFAULTS.epsilon), LEARNING_RATE
     try:
         if with_epsilon:
             epsilon = choose_epsilon(counted, subset(training, batch)).epsilon

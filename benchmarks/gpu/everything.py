@@ -1,10 +1,10 @@
 """All of the GPU's benchmarks and tests, as many at once as there are GPUs.
 
-    python benchmarks/gpu/everything.py MODEL --data DIRECTORY --out DIRECTORY [--minutes 9] [--only NAME ...]
+    python benchmarks/gpu/everything.py MODEL --data DIRECTORY --out DIRECTORY [--minutes 9] [--gpus 0 1] [--only NAME ...]
 
-MODEL is SmolLM2-135M-Instruct's directory, and DATA's are as ``quality/run.py`` wants them. Jobs begin in the order of
-the list, each on GPUs of its own, where there is time left for what it is known to take; what has ended is noted in
-OUT/done.json and not begun again, so that the command may be given again until nothing is left. The quality runs go on
+MODEL is SmolLM2-135M-Instruct's directory, and DATA's are as ``quality/run.py`` wants them. Jobs begin in the order in
+which they are named, or else in the list's, each on GPUs of its own, where there is time left for what it is known to
+take; what has ended is noted in OUT/done.json and not begun again, so that the command may be given again until nothing is left. The quality runs go on
 where they were cut off. OUT has a log for each job; their tables are printed at the end. Others at work on the same
 host make what is measured a little slower, which matters most to small batches.
 """
@@ -72,9 +72,9 @@ def quality(name: str, *tasks: str) -> Job:
 
 
 def serving(share: str) -> Job:
-    load = ["--rate", "8", "--prompt", "512", "--output", "64", "--row-tokens", "128", "--seconds", "60"]
+    load = ["--rate", "8", "--prompt", "512", "--output", "64", "--row-tokens", "128", "--seconds", "45"]
     flags = ["--training-share", share, "--", "--load-format", "dummy", "--max-model-len", "4096"]
-    return Job(f"serving-{share}", 7, script("serving.py", "{out}/llama-8b", *load, *flags))
+    return Job(f"serving-{share}", 6, script("serving.py", "{out}/llama-8b", *load, *flags))
 
 
 ONE_CASE = ("--cases", "32:512:128:token")
@@ -138,15 +138,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=60.0, help="end after so many")
+    parser.add_argument("--gpus", type=int, nargs="+", metavar="NUMBER", help="GPUs to use; all if not given")
     parser.add_argument("--only", nargs="+", choices=[job.name for job in JOBS], metavar="NAME", help="jobs to make")
     options = parser.parse_args()
     out = options.out.resolve()
     prepare(out)
     noted = out / "done.json"
     done: dict[str, int] = json.loads(noted.read_text()) if noted.exists() else {}
-    jobs = [job for job in JOBS if job.name in (options.only or [job.name]) and job.name not in done]
+    known = {job.name: job for job in JOBS}
+    jobs = [known[name] for name in options.only or known if name not in done]
     deadline = time.monotonic() + 60 * options.minutes - KILLED_WITHIN_S
-    free, running = set(range(gpu_count())), list[Running]()
+    free, running = set(options.gpus or range(gpu_count())), list[Running]()
     try:
         while time.monotonic() < deadline and (jobs or running):
             for one in [one for one in running if one.process.poll() is not None]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from zoact_remote.cli.settings import DEFAULTS, TrainingSettings
+from zoact_remote.cli.settings import DEFAULTS, LEARNING_RATE, TrainingSettings
 from zoact_remote.tasks import BUILTIN, Example, load_jsonl
 from zoact_remote.wire import Basis, Json, Row
 
@@ -47,7 +47,7 @@ class Method:
 
     Attributes:
         title: in the table.
-        rates: learning rates to choose from.
+        rates: learning rates to choose from; none if the settings have one for every number of steps.
         settings: but for rate, steps and seed; None for MeZO, which trains all weights in a program of its own.
 
     """
@@ -61,9 +61,17 @@ class Method:
         """What runs it."""
         return "mezo" if self.settings is None else "server"
 
+    def rate_for(self, budget: int) -> float:
+        """Where there is nothing to choose from."""
+        if self.rates:
+            return self.rates[0]
+        assert self.settings is not None
+        rate = replace(self.settings, steps=steps_in(budget, self.settings)).resolved().learning_rate
+        assert isinstance(rate, float)
+        return rate
 
-assert isinstance(DEFAULTS.learning_rate, float)
-_RATE = DEFAULTS.learning_rate
+
+_RATE = LEARNING_RATE
 
 
 def _ours_but(basis: Basis) -> TrainingSettings:
@@ -71,7 +79,7 @@ def _ours_but(basis: Basis) -> TrainingSettings:
 
 
 METHODS = {
-    "ours": Method("ours, by default", (_RATE,), DEFAULTS),
+    "ours": Method("ours, by default", (), DEFAULTS),
     # Rates about the best of earlier trials, a factor of three apart.
     "paper": Method(
         "ZO-Act as in the paper",
@@ -179,11 +187,11 @@ class Plan:
     def is_trial(self, run: Run) -> bool:
         return run in self.trials(run.method, run.task)
 
-    def rate(self, method: str, task: str, results: Mapping[Run, Result]) -> float | None:
+    def rate(self, method: str, task: str, budget: int, results: Mapping[Run, Result]) -> float | None:
         """The learning rate that was chosen; None as long as trials are missing."""
         trials = self.trials(method, task)
         if not trials:
-            return self.methods[method].rates[0]
+            return self.methods[method].rate_for(budget)
         if not all(trial in results for trial in trials):
             return None
         return max(trials, key=lambda trial: float(results[trial]["choice_accuracy"])).rate
@@ -201,9 +209,9 @@ class Plan:
             yield from (trial for trial in self.trials(method, task) if trial not in results)
         for budget in reversed(self.budgets):
             for seed, (method, task) in itertools.product(self.seeds, pairs):
-                rate = self.rate(method, task, results)
+                rate = self.rate(method, task, budget, results)
                 if rate is None and guess:
-                    rate = self.methods[method].rates[0]
+                    rate = self.methods[method].rate_for(budget)
                 if rate is None:
                     continue
                 run = Run(task, method, rate, seed, budget)
@@ -233,19 +241,24 @@ def calibration_passes(settings: TrainingSettings) -> int:
     return -(-settings.calibration_rows // settings.batch_size) * basis.passes if basis.source == "activations" else 0
 
 
-def settings_of(method: Method, run: Run) -> TrainingSettings:
-    """A run's settings: as many steps as its budget has room for.
+def steps_in(budget: int, settings: TrainingSettings) -> int:
+    """As many as there is room for.
 
     Raises:
         ValueError: the budget does not come out even.
 
     """
+    steps, left = divmod(budget - calibration_passes(settings), passes_a_step(settings))
+    if left or steps < 1:
+        raise ValueError(f"a budget of {budget} passes is not a whole number of steps")
+    return steps
+
+
+def settings_of(method: Method, run: Run) -> TrainingSettings:
+    """A run's settings."""
     assert method.settings is not None
     settings = replace(method.settings, learning_rate=run.rate, seed=run.seed, eval_rows=ROWS_EVALUATED)
-    steps, left = divmod(run.budget - calibration_passes(settings), passes_a_step(settings))
-    if left or steps < 1:
-        raise ValueError(f"{run.name}: a budget of {run.budget} passes is not a whole number of steps")
-    return replace(settings, steps=steps)
+    return replace(settings, steps=steps_in(run.budget, settings))
 
 
 def data_of(task: str, data: Path) -> tuple[Sequence[Row], Sequence[Row], list[Example]]:

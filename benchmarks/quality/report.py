@@ -58,14 +58,17 @@ def show_table(todo: Plan, results: Mapping[Run, Result]) -> None:
             for title, name in (("zero-shot", "zero_shot"), ("zero-shot, label-calibrated", "label_calibrated")):
                 print(f"| {task} | {title} | | {some[name]:.3f} |{' |' * (len(todo.budgets) - 1)}")
         for name, method in todo.methods.items():
-            rate = todo.rate(name, task, results)
-            if rate is None:
-                continue
-            cells = []
+            cells, rates = [], []
             for budget in todo.budgets:
+                rate = todo.rate(name, task, budget, results)
+                if rate is None:
+                    break
+                rates.append(rate)
                 runs = [Run(task, name, rate, seed, budget) for seed in todo.seeds]
                 cells.append(cell([float(results[run]["accuracy"]) for run in runs if run in results], len(runs)))
-            print(f"| {task} | {method.title} | {rate:g} | {' | '.join(cells)} |")
+            if rates:
+                shown_rates = ", ".join(f"{rate:.2g}" for rate in dict.fromkeys(rates))
+                print(f"| {task} | {method.title} | {shown_rates} | {' | '.join(cells)} |")
     shown = {(r["model"], r["engine"], r["dtype"], r["device"], r["commit"]) for r in results.values()}
     for model, engine, dtype, where, at in sorted(shown):
         print(f"\n{model}, {engine}, {dtype}, {where}, commit {at}.")

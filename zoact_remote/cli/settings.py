@@ -26,6 +26,8 @@ LoggerName = Literal["tensorboard", "wandb", "trackio"]
 
 PROBES: dict[EstimatorName, int] = {"two-point": 1, "forward-difference": 1, "leave-one-out": 4, "fzoo": 8}
 """Directions a step, where none are given: the estimators' own defaults, known without loading them."""
+LEARNING_RATE, FULL_RATE_STEPS = 2e-3, 800
+"""The rate where none is given, and the most steps that it is for."""
 WEIGHT_DECAY = {"adamw": 0.01}
 """Where none is given; 0 for the others."""
 
@@ -87,8 +89,11 @@ class TrainingSettings:
         None, "method", "Share of the coefficients, times the rate, that a step takes away; 0.01 for adamw, else 0.",
         least=0,
     )  # fmt: skip
-    learning_rate: float | Auto = setting(
-        2e-3, "method", "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first."
+    learning_rate: float | Auto | None = setting(
+        None,
+        "method",
+        "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first. If not given 0.002, "
+        "and in runs of more than 800 steps less, by the square root of their number.",
     )
     schedule: ScheduleName = setting("linear", "method", "How the learning rate goes on: down to zero, or constant.")
     warmup: int = setting(0, "method", "Steps over which the learning rate rises.", least=0)
@@ -122,6 +127,7 @@ class TrainingSettings:
             self,
             probes=PROBES[self.estimator] if self.probes is None else self.probes,
             weight_decay=WEIGHT_DECAY.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay,
+            learning_rate=learning_rate_for(self.steps) if self.learning_rate is None else self.learning_rate,
         )
 
     def check(self) -> None:
@@ -220,11 +226,12 @@ class TrainingSettings:
         """The schedule; ``learning_rate`` must be a number."""
         from zoact_remote import schedules
 
-        assert not isinstance(self.learning_rate, str)
+        learning_rate = self.resolved().learning_rate
+        assert isinstance(learning_rate, float)
         if self.schedule == "constant":
-            return schedules.constant(self.learning_rate, warmup=self.warmup)
+            return schedules.constant(learning_rate, warmup=self.warmup)
         decay = schedules.linear if self.schedule == "linear" else schedules.cosine
-        return decay(self.learning_rate, self.steps, warmup=self.warmup)
+        return decay(learning_rate, self.steps, warmup=self.warmup)
 
     def make_callbacks(self, metric: str) -> list[Guard | EarlyStopping]:
         """What watches over a run whose task is judged by the metric."""
@@ -235,6 +242,15 @@ class TrainingSettings:
         if self.patience is not None or self.keep_best:
             made.append(EarlyStopping(self.patience, metric=metric, min_delta=self.min_delta, keep_best=self.keep_best))
         return made
+
+
+def learning_rate_for(steps: int) -> float:
+    """The learning rate of a run of so many steps, where none is given; two digits, for people to read.
+
+    Every step also moves all the coefficients that its one number says nothing of. These moves add up as the steps' rates
+    squared do, which a rate that falls with the root of their number keeps the same.
+    """
+    return float(f"{LEARNING_RATE * min(1.0, (FULL_RATE_STEPS / steps) ** 0.5):.2g}")
 
 
 DEFAULTS = TrainingSettings()

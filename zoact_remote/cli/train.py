@@ -77,7 +77,7 @@ def train(
     optimizer: Annotated[OptimizerName, _option("optimizer")] = DEFAULTS.optimizer,
     momentum: Annotated[float, _option("momentum")] = DEFAULTS.momentum,
     weight_decay: Annotated[float | None, _option("weight_decay")] = None,
-    learning_rate: Annotated[str, _option("learning_rate", **_NUMBER_OR_AUTO)] = str(DEFAULTS.learning_rate),
+    learning_rate: Annotated[str | None, _option("learning_rate", **_NUMBER_OR_AUTO)] = None,
     schedule: Annotated[ScheduleName, _option("schedule")] = DEFAULTS.schedule,
     warmup: Annotated[int, _option("warmup")] = DEFAULTS.warmup,
     guard: Annotated[bool, _option("guard", "--guard/--no-guard")] = DEFAULTS.guard,
