@@ -40,7 +40,7 @@ from zoact_remote import (
 from zoact_remote.cli.data import subset
 from zoact_remote.cli.local_server import LocalServer
 from zoact_remote.cli.measure import BATCHES
-from zoact_remote.cli.settings import DEFAULTS
+from zoact_remote.cli.settings import DEFAULTS, LEARNING_RATE
 from zoact_remote.wire import Limits
 
 CHOICES = {"default": (False, False), "epsilon": (True, False), "learning rate": (False, True), "both": (True, True)}

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from server_ext.together import end
-from zoact_remote.extension import DEFAULT_SHARE, SHARE_VARIABLE
+from zoact_remote.extension import SHARE_VARIABLE, default_share
 
 T = TypeVar("T")
 
@@ -36,11 +36,11 @@ QUIET_S = 30.0
 PATIENCE_S = 5.0
 
 
-def training_share(environment: Mapping[str, str]) -> float:
+def training_share(environment: Mapping[str, str], *, on_cpu: bool) -> float:
     """The share of a step that the environment leaves to training. Raises ValueError if it is none."""
     text = environment.get(SHARE_VARIABLE)
     try:
-        share = DEFAULT_SHARE if text is None else float(text)
+        share = default_share(on_cpu) if text is None else float(text)
     except ValueError:
         share = math.nan
     if not 0 < share <= 1:

@@ -66,8 +66,9 @@ class ZoActPlugin:
         # Imported here: the module needs vLLM, and this one must load without.
         from server_ext.engines.vllm import VllmEngine
 
-        share = training_share(os.environ)
-        check_settings(engine_client.vllm_config, args, share)
+        config = engine_client.vllm_config
+        share = training_share(os.environ, on_cpu=config.device_config.device_type == "cpu")
+        check_settings(config, args, share)
         directory = Path(os.environ.get(STATE_VARIABLE, DEFAULT_STATE))
         keys = [key for key in args.api_key or [os.environ.get("VLLM_API_KEY")] if key]
         tenants = open_tenants(directory, LOOPBACK if args.uds else args.host, keys)

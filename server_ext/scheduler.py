@@ -74,7 +74,8 @@ class _Sharing:
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         batch: int = self.scheduler_config.max_num_batched_tokens  # type: ignore[attr-defined]
-        self._cap = training_cap(training_share(os.environ), batch)
+        on_cpu: bool = self.vllm_config.device_config.device_type == "cpu"  # type: ignore[attr-defined]
+        self._cap = training_cap(training_share(os.environ, on_cpu=on_cpu), batch)
         self._last_foreground = -QUIET_S
 
     def add_request(self, request: Any) -> None:

@@ -1,12 +1,12 @@
 """All of the GPU's benchmarks and tests, as many at once as there are GPUs.
 
-    python benchmarks/gpu/everything.py MODEL --data DIRECTORY --out DIRECTORY [--minutes 9] [--gpus 0 1] [--only NAME ...]
+    python benchmarks/gpu/everything.py MODEL --data DIRECTORY --out DIRECTORY --minutes 9 --gpus 0 1 --only quality-a
 
 MODEL is SmolLM2-135M-Instruct's directory, and DATA's are as ``quality/run.py`` wants them. Jobs begin in the order in
 which they are named, or else in the list's, each on GPUs of its own, where there is time left for what it is known to
-take; what has ended is noted in OUT/done.json and not begun again, so that the command may be given again until nothing is left. The quality runs go on
-where they were cut off. OUT has a log for each job; their tables are printed at the end. Others at work on the same
-host make what is measured a little slower, which matters most to small batches.
+take. What has ended is noted in OUT/done.json and not begun again, so that the command may be given again until nothing
+is left; the quality runs go on where they were cut off. OUT has a log for each job; their tables are printed at the
+end. Others at work on the same host make what is measured a little slower, which matters most to small batches.
 """
 
 from __future__ import annotations
@@ -85,7 +85,6 @@ JOBS = [
         "tests", 5, [sys.executable, "-m", "pytest", "-v", "--durations=20", str(ROOT / "tests/server_ext/gpu")], gpus=2
     ),
     Job("training-step", 6, script("gpu/training_step.py", "--eager", "--steps", "5")),
-    serving("0.03125"),
     serving("0.05"),
     serving("0.0625"),
     Job("throughput", 8, script("gpu/throughput.py", "--kinds", "base", "ours", "stock")),

@@ -6,7 +6,7 @@ constant, as its authors have it: a long run passes through the figures of the s
 
 A method with several learning rates is tried with each, once, at the middle budget and with the first seed; the one
 with the best accuracy on the task's development rows is taken for all budgets and seeds. The figures shown are of other
-rows. Ours is not tuned: it trains as ``zoact train`` does where nothing but the data is given.
+rows. Ours is not tuned: it trains as ``zoact train`` does where nothing but the data and the number of steps is given.
 """
 
 from __future__ import annotations

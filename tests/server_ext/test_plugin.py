@@ -15,8 +15,9 @@ import torch
 
 from server_ext.lanes import training_share
 from server_ext.plugin import ZoActPlugin, check_settings
-from zoact_remote.extension import DEFAULT_SHARE, PLUGIN, SCHEDULER, SHARE_VARIABLE, WORKER_EXTENSION
+from zoact_remote.extension import PLUGIN, SCHEDULER, SHARE_VARIABLE, WORKER_EXTENSION, default_share
 
+SHARE = 1 / 32
 FLAGS: dict[str, list[str]] = {
     "--enable-lora": [],
     "--max-loras": ["4"],
@@ -149,10 +150,10 @@ def test_flags_of_vllm_are_checked(changes: dict[str, list[str] | None], flag: s
     args = parser.parse_args(["--model", str(tiny_model), *line])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
     if flag is None:
-        check_settings(config, args, DEFAULT_SHARE)
+        check_settings(config, args, SHARE)
         return
     with pytest.raises(ValueError, match=flag):
-        check_settings(config, args, DEFAULT_SHARE)
+        check_settings(config, args, SHARE)
 
 
 @pytest.mark.vllm
@@ -168,15 +169,16 @@ def test_a_worker_says_that_the_plugin_is_kept_out(allowed: str | None, said: st
 
 
 def test_the_share_of_training_is_the_environments() -> None:
-    assert training_share({}) == DEFAULT_SHARE
-    assert training_share({SHARE_VARIABLE: "0.25"}) == 0.25
-    assert training_share({SHARE_VARIABLE: "1"}) == 1
+    assert training_share({}, on_cpu=True) == default_share(True) == 1 / 32
+    assert training_share({}, on_cpu=False) == default_share(False) == 1 / 20
+    assert training_share({SHARE_VARIABLE: "0.25"}, on_cpu=True) == 0.25
+    assert training_share({SHARE_VARIABLE: "1"}, on_cpu=True) == 1
 
 
 @pytest.mark.parametrize("text", ["", "0", "-0.5", "1.01", "nan", "inf", "much"])
 def test_a_share_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=SHARE_VARIABLE):
-        training_share({SHARE_VARIABLE: text})
+        training_share({SHARE_VARIABLE: text}, on_cpu=True)
 
 
 def test_the_plugin_is_found_by_its_entry_point() -> None:

@@ -22,7 +22,7 @@ from zoact_remote.cli.vllm_command import (
     key_environment,
     vllm_command,
 )
-from zoact_remote.extension import DEFAULT_SHARE, DEFAULT_STATE, SHARE_VARIABLE
+from zoact_remote.extension import DEFAULT_STATE, SHARE_VARIABLE, default_share
 
 SERVER_PACKAGES = (
     "fastapi",
@@ -51,14 +51,14 @@ def serve(
     max_rank: Annotated[int, typer.Option(help="Largest rank of an adapter (vLLM).", min=1)] = 8,
     slots: Annotated[int, typer.Option(help="Adapters and probes in a batch (vLLM).", min=2)] = 8,
     training_share: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="The most of a batch's tokens (--max-num-batched-tokens) that training takes while there is other "
-            "traffic; 1 treats all requests alike (vLLM).",
+            "traffic; 1 treats all requests alike (vLLM). If not given, 1/32 on the CPU, 1/20 on a GPU.",
             envvar=SHARE_VARIABLE,
             metavar="SHARE",
         ),
-    ] = DEFAULT_SHARE,
+    ] = None,
     api_key: Annotated[
         str | None,
         typer.Option(help="The operator's key, which opens everything.", envvar="ZOACT_API_KEY", metavar="KEY"),
@@ -91,6 +91,9 @@ def serve(
             _require(SERVER_PACKAGES, "server")
             _run_transformers(model, host, port, state, dtype, api_key, keys)
             return
+        on_cpu = is_cpu_build()
+        if training_share is None:
+            training_share = default_share(on_cpu)
         if not 0 < training_share <= 1:
             raise CommandFailed(f"--training-share {training_share:g}: must be above 0 and at most 1")
         if not print_only:
@@ -108,7 +111,7 @@ def serve(
             api_key=api_key,
             keys=keys,
             extra=context.args,
-            on_cpu=is_cpu_build(),
+            on_cpu=on_cpu,
             environment=os.environ,
             plugins=installed_plugins(),
         )

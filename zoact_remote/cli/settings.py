@@ -247,8 +247,8 @@ class TrainingSettings:
 def learning_rate_for(steps: int) -> float:
     """The learning rate of a run of so many steps, where none is given; two digits, for people to read.
 
-    Every step also moves all the coefficients that its one number says nothing of. These moves add up as the steps' rates
-    squared do, which a rate that falls with the root of their number keeps the same.
+    What a step learns is one number, and it moves all coefficients. Nearly all of that is at random, and adds up as the
+    squares of the steps' rates do: a rate that falls with the root of the steps' number keeps it the same.
     """
     return float(f"{LEARNING_RATE * min(1.0, (FULL_RATE_STEPS / steps) ** 0.5):.2g}")
 

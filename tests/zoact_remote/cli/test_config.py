@@ -15,7 +15,14 @@ from zoact_remote import Client, InvalidValue, toml
 from zoact_remote.cli.config import SECTIONS, RunConfig, dumps, load
 from zoact_remote.cli.data import task_of
 from zoact_remote.cli.output import CommandFailed
-from zoact_remote.cli.settings import DEFAULTS, PROBES, WEIGHT_DECAY, TrainingSettings
+from zoact_remote.cli.settings import (
+    DEFAULTS,
+    FULL_RATE_STEPS,
+    LEARNING_RATE,
+    PROBES,
+    WEIGHT_DECAY,
+    TrainingSettings,
+)
 from zoact_remote.estimators.base import ProbeSettings
 from zoact_remote.tasks import Task
 
@@ -112,6 +119,19 @@ def test_defaults_are_the_methods_own() -> None:
     assert DEFAULTS.resolved().weight_decay == 0.0
     adamw = TrainingSettings(optimizer="adamw")
     assert adamw.resolved().weight_decay == WEIGHT_DECAY["adamw"] == adamw.make_optimizer().weight_decay  # type: ignore[attr-defined]
+
+
+@given(st.integers(1, 100_000))
+def test_long_runs_have_a_lower_rate(steps: int) -> None:
+    rate = TrainingSettings(steps=steps).resolved().learning_rate
+    assert isinstance(rate, float)
+    if steps <= FULL_RATE_STEPS:
+        assert rate == LEARNING_RATE
+    else:
+        walked = steps * rate**2
+        assert walked == pytest.approx(FULL_RATE_STEPS * LEARNING_RATE**2, rel=0.1)
+    assert TrainingSettings(steps=steps, learning_rate=0.5).resolved().learning_rate == 0.5
+    assert TrainingSettings(steps=steps, learning_rate="auto").resolved().learning_rate == "auto"
 
 
 def test_options_win_over_the_file() -> None:
