@@ -76,7 +76,8 @@ class Between:
         high = bounds[at][0]
         if math.isinf(high):
             return low
-        return low + (high - low) * (wanted - below) / (counts[at] - below)
+        # Rounded, the sum may lie beyond the bucket.
+        return min(high, low + (high - low) * (wanted - below) / (counts[at] - below))
 
 
 def _unescaped(text: str) -> str:
