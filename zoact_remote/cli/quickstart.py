@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ from zoact_remote.cli.settings import QUICKSTART, TrainingSettings
 from zoact_remote.locks import InUse, lock
 
 if TYPE_CHECKING:
+    from zoact_remote.adapter import Adapter
     from zoact_remote.cli.local_server import LocalServer
     from zoact_remote.tasks import Example, Task
     from zoact_remote.wire import Json, Row
@@ -103,18 +105,33 @@ def _demonstrate(
         exported = run.adapter.export(out / "adapter")
         example = held_out[0].row
         prompt, answer = example["prompt"], example["choices"][example["answer"]]
-        before, after = (run.adapter.generate(prompt, max_tokens=3, version=at).text for at in (0, None))
+        before, after = (_answer(run.adapter, example, at) for at in (0, None))
     return run.result | {
         "export": str(exported),
-        "generation": {"prompt": prompt, "expected": answer, "before": before, "after": after},
+        "example": {"prompt": prompt, "expected": answer, "before": before, "after": after},
         "server": {"url": server.url, "pid": server.pid, "log": str(server.log)},
         "shown": [
             results_table(run.results),
-            f"A held-out prompt   {prompt!r}\n  expected          {answer!r}\n  version 0         {before!r}\n"
-            f"  version {run.result['version']:<10}{after!r}\n",
+            f"A held-out prompt   {prompt!r}\n  expected          {answer!r}\n  version 0         {_said(before)}\n"
+            f"  version {run.result['version']:<10}{_said(after)}\n",
             f"Report              {run.result['files']['report']}\nPEFT adapter        {exported}",
         ],
     }
+
+
+def _answer(adapter: Adapter, row: Row, version: int | None) -> Json:
+    """What a version makes of a row: its choice, that one's probability among all, and what it writes by itself."""
+    (scored,) = adapter.scores([row], version=version).rows
+    choice, likeliest = max(enumerate(scored.logprobs), key=lambda pair: pair[1])
+    return {
+        "choice": row["choices"][choice],
+        "probability": 1.0 / math.fsum(math.exp(logprob - likeliest) for logprob in scored.logprobs),
+        "text": adapter.generate(row["prompt"], max_tokens=3, version=version).text,
+    }
+
+
+def _said(answer: Json) -> str:
+    return f"chooses {answer['choice']!r} ({answer['probability']:.0%}); left to itself it writes {answer['text']!r}"
 
 
 def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Example]]:

@@ -34,8 +34,13 @@ def test_quickstart_serves_trains_exports_and_cleans_up(data: str, tiny_model: P
         assert 0 <= result["accuracy"] <= 1
         assert np.isfinite(result["loss"])
         assert result["rows"] == 4
-    assert made["generation"]["prompt"] == ROWS[0]["prompt"]
-    assert made["generation"]["expected"] == ROWS[0]["choices"][ROWS[0]["answer"]]
+    assert made["example"]["prompt"] == ROWS[0]["prompt"]
+    choices = ROWS[0]["choices"]
+    assert made["example"]["expected"] == choices[ROWS[0]["answer"]]
+    for answer in (made["example"]["before"], made["example"]["after"]):
+        assert answer["choice"] in choices
+        assert 1 / len(choices) <= answer["probability"] <= 1
+        assert answer["text"]
     exported = read_json(out / "adapter/zoact.json")
     assert (exported["version"], exported["coefficients_digest"]) == (2, made["digest"])
     assert (out / "adapter/adapter_model.safetensors").is_file()
@@ -109,8 +114,8 @@ def test_quickstart_on_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "datasets", hub)
     made = run_json("quickstart", "--dataset", "films", "--model", "m", "--steps", "1")
     shown = split(records, 0.2)[1][0]
-    assert made["generation"]["prompt"] == f"{shown['sentence']}\nCategory:"
-    assert made["generation"]["expected"] == f" {('bad', 'good')[shown['label']]}"
+    assert made["example"]["prompt"] == f"{shown['sentence']}\nCategory:"
+    assert made["example"]["expected"] == f" {('bad', 'good')[shown['label']]}"
 
 
 def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
