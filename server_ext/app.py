@@ -78,8 +78,14 @@ def _check_free(host: str, port: int) -> None:
     """Says before a model is loaded what uvicorn would say after."""
     try:
         for family, kind, _, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            with socket.socket(family, kind) as trial:
+            try:
+                trial = socket.socket(family, kind)
+            except OSError:
+                continue  # a family that this machine lacks, which asyncio leaves out too
+            with trial:
                 trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 trial.bind(address)
     except OSError as error:
         raise ValueError(f"cannot listen at {host}:{port}: {error.strerror}") from None

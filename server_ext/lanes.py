@@ -58,9 +58,9 @@ class Turn:
     """One request of training on its way through.
 
     Attributes:
-        tokens: the most that it adds to a step.
+        tokens: the most that it adds to a step: its prompt's, and once it is at its answer, one.
         priority: to give vLLM.
-        moving: set by whoever asks, at every sign that vLLM works at it; cleared when the alarm goes off.
+        moving: whether vLLM has shown since the last alarm that it works at it.
 
     """
 
@@ -136,13 +136,23 @@ class Lanes:
                 await asyncio.wait([turn.task])
             finally:
                 await end([turn.task])
-            return await ask(turn) if turn.hurried and turn.task.cancelled() else turn.task.result()
+            if turn.hurried and turn.task.cancelled():
+                turn.tokens = tokens
+                return await ask(turn)
+            return turn.task.result()
         finally:
             if turn.admitted.is_set():
                 del self._under_way[turn]
                 self._stop_watching()
             else:
                 self._waiting.remove(turn)
+            self._admit()
+
+    def answered(self, turn: Turn) -> None:
+        """Notes that something of a request's answer has come: its prompt takes no more room in a step."""
+        turn.moving = True
+        if turn.tokens > 1:
+            turn.tokens = 1
             self._admit()
 
     def _admit(self) -> None:

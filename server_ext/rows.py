@@ -19,6 +19,8 @@ Tokens = tuple[int, ...]
 Encode = Callable[[str, bool], list[int]]
 RenderChat = Callable[[list[dict[str, str]], bool], str]
 TOO_LONG = "context_length_exceeded"
+MESSAGE = 16
+"""About as many characters as a chat template puts around a message."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +184,13 @@ def _texts(row: Row, place: str, render: RenderChat) -> list[tuple[str, str | li
 def length(row: Row) -> int:
     """Characters, and token ids, of a row."""
     if isinstance(row, ChatRow):
-        return sum(len(message.content) for message in row.messages)
+        return chat_length(row.messages)
     return len(row.prompt) + sum(map(len, row.choices if isinstance(row, ChoicesRow) else [row.completion]))
+
+
+def chat_length(messages: Sequence[ChatMessage]) -> int:
+    """Characters of a conversation. Its template has some of its own for each message, which may be empty."""
+    return sum(len(message.content) + MESSAGE for message in messages)
 
 
 def contexts_of(row: TokenRow) -> list[Context]:

@@ -223,13 +223,14 @@ class BasisResult(Message):
 
 
 Count = Annotated[int, Field(ge=0, le=LARGEST_LIMIT)]
+Place = Annotated[int, Field(ge=0, le=LARGEST_LIMIT, strict=True)]
 
 
 class Probe(Message):
     seed: Seed
     epsilon: Epsilon
     sides: Literal["both", "plus"] = "both"
-    part: tuple[Count, Count] | None = Field(
+    part: tuple[Place, Place] | None = Field(
         None,
         description="[j, q]: evaluated on the j-th, from 0, of q parts of the rows, equal and in order; else on all.",
     )

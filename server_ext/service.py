@@ -6,10 +6,11 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterable, AsyncIterator, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -129,11 +130,11 @@ class Service:
             found = await asyncio.to_thread(read_lora, file, engine.sites, max_rank, engine.model.digest)
             digest = await asyncio.to_thread(basis_digest, found.basis)
             flat_digest = await asyncio.to_thread(coefficients_digest, found.flat, found.layout)
-        basis = schemas.BasisInfo(source="imported", digest=digest)
-        row = self._row(name, found.layout, noise, basis, flat_digest)
-        async with self._creating:
-            self._check_room(caller, found.layout)
-            return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
+            basis = schemas.BasisInfo(source="imported", digest=digest)
+            row = self._row(name, found.layout, noise, basis, flat_digest)
+            async with self._creating:
+                self._check_room(caller, found.layout)
+                return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
 
     def _row(
         self,
@@ -192,7 +193,7 @@ class Service:
             raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken; create a new adapter instead")
         if spec.source == "activations" and not ask.rows:
             raise invalid("rows", "a basis of activations needs at least one row")
-        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=spec.passes)
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, [spec.passes] * len(ask.rows))
         async with self.registry.changing(name) as adapter:
             if adapter.row.basis.digest is not None:
                 raise ApiError(409, "basis_exists", f"the basis of {name!r} has been taken meanwhile")
@@ -226,10 +227,9 @@ class Service:
             message = f"at most max_probes ({caller.limits.max_probes}) a call, got {len(ask.probes)}"
             raise invalid("probes", message, BATCH_TOO_LARGE)
         everything = range(len(ask.rows))
-        signs = [(probe, part, sign) for probe, part in _parts(ask.probes, len(everything)) for sign in probe.signs]
-        evaluated = sum(len(part) for _, part, _ in signs) + ask.base * len(everything)
-        passes = -(-evaluated // len(everything))
-        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=passes)
+        sides = [(probe, part, sign) for probe, part in _parts(ask.probes, len(everything)) for sign in probe.signs]
+        times = _times([part for _, part, _ in sides] + ([everything] if ask.base else []), len(everything))
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, times)
         result = None
         wanted = ask.version
         if ask.update is not None:
@@ -240,10 +240,10 @@ class Service:
                 result = await self._change(adapter, ask.update.to_wire(), "update.")
             wanted = result.version
         updated = time.perf_counter()
-        async with self._at(adapter, wanted, perturbed=bool(signs)) as (version, point):
+        async with self._at(adapter, wanted, perturbed=bool(sides)) as (version, point):
             points: list[tuple[Point | None, range]] = [
                 (replace(point, seed=probe.seed, epsilon=sign * probe.epsilon), part)
-                for probe, part, sign in signs
+                for probe, part, sign in sides
                 if point is not None
             ]
             if ask.base:
@@ -277,7 +277,7 @@ class Service:
         self, caller: Caller, name: str, ask: schemas.AskScores, gone: Gone | None = None
     ) -> schemas.Scores:
         adapter = await self.registry.calibrated(name)
-        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, points=1)
+        rows = await self._tokeniser.rows(adapter.row.tenant, ask.rows, caller.limits, [1] * len(ask.rows))
         async with self._point(adapter, ask.version, ask.probe) as (version, point):
             scoring = self._scorer.score(adapter.row.tenant, [(point, range(len(rows)))], rows)
             (scores,), tokens = await unless(gone, scoring)
@@ -406,3 +406,12 @@ def _parts(asked: Sequence[schemas.Probe], rows: int) -> list[tuple[Probe, range
         except InvalidValue as error:
             raise invalid(f"probes[{i}].part", str(error).removeprefix("part: ")) from None
     return found
+
+
+def _times(parts: Iterable[range], rows: int) -> list[int]:
+    """How often each row of a batch is evaluated."""
+    changes = [0] * (rows + 1)
+    for part in parts:
+        changes[part.start] += 1
+        changes[part.stop] -= 1
+    return list(accumulate(changes[:-1]))

@@ -53,7 +53,8 @@ class AdapterState:
         self.noise = noise
         self.basis = {name: vectors.to(noise.device, torch.float32).contiguous() for name, vectors in basis.items()}
         self.versions: dict[int, Coefficients] = {}
-        self._pieces: Iterator[str | None] = iter(())
+        self._pieces: Iterator[None] = iter(())
+        self._digest: str | None = None
 
     @property
     def layout(self) -> Layout:
@@ -78,32 +79,32 @@ class AdapterState:
             RuntimeError: the base is not held.
 
         """
-        self._pieces = self._hold(version, base, update, keep)
+        self._digest, self._pieces = None, self._hold(version, base, update, keep)
         return self.hold_on()
 
     def hold_on(self) -> str | None:
         """Goes on with the version that is being taken in, and returns what :meth:`hold` does."""
         deadline = time.monotonic() + PIECE_S
-        for digest in self._pieces:
-            if digest is None and self.noise.device.type == "cuda":
+        for _ in self._pieces:
+            if self.noise.device.type == "cuda":
                 torch.cuda.synchronize(self.noise.device)  # what is launched has yet to be done
-            if digest is not None or time.monotonic() > deadline:
-                return digest
-        raise RuntimeError("no version is being taken in")
+            if time.monotonic() > deadline:
+                return None
+        if self._digest is None:
+            raise RuntimeError("no version is being taken in")
+        return self._digest
 
     def _hold(
         self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]
-    ) -> Iterator[str | None]:
-        """None after every piece, and then the digest, as often as it is asked for."""
+    ) -> Iterator[None]:
+        """Takes in a version, piece by piece."""
         made = self[base] if isinstance(base, int) else Coefficients(self.noise, base)
         if update is not None:
             made = yield from made.after_in_pieces(update)
         self.versions[version] = made
         for other in self.versions.keys() - {version, *keep}:
             del self.versions[other]
-        digest = made.digest()
-        while True:
-            yield digest
+        self._digest = made.digest()
 
     def __getitem__(self, version: int) -> Coefficients:
         try:

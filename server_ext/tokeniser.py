@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from server_ext.engines.base import Engine
 from server_ext.errors import BATCH_TOO_LARGE, invalid
 from server_ext.fairness import FairQueue
-from server_ext.rows import TokenRow, Tokens, chat_text, contexts_of, length, tokenise, tokenise_rows
+from server_ext.rows import TokenRow, Tokens, chat_length, chat_text, contexts_of, length, tokenise, tokenise_rows
 from server_ext.schemas import AskGeneration, Row, TenantLimits
 
 T = TypeVar("T")
@@ -37,8 +37,10 @@ class Tokeniser:
         self._thread = ThreadPoolExecutor(1, "zoact-tokeniser")
         self._turns = FairQueue(1)
 
-    async def rows(self, tenant: str, rows: Sequence[Row], limits: TenantLimits, points: int) -> list[TokenRow]:
-        """Rows that fit a caller's limits when they are evaluated at a number of points.
+    async def rows(
+        self, tenant: str, rows: Sequence[Row], limits: TenantLimits, points: Sequence[int]
+    ) -> list[TokenRow]:
+        """Rows that fit a caller's limits when each is evaluated at a number of points.
 
         Raises:
             ApiError: there are too many, or too many tokens of them; or as ``tokenise_rows`` says.
@@ -52,13 +54,14 @@ class Tokeniser:
             found += await self._run(tenant, characters, list, islice(coming, count))
         return found
 
-    def _rows(self, rows: Sequence[Row], most: int, points: int) -> Iterator[TokenRow]:
+    def _rows(self, rows: Sequence[Row], most: int, points: Sequence[int]) -> Iterator[TokenRow]:
         engine, model = self._engine, self._engine.model
         tokens = 0
-        for row in tokenise_rows(
+        found = tokenise_rows(
             rows, engine.encode, engine.render_chat, model.vocabulary, model.max_tokens, self._most_characters
-        ):
-            tokens += points * sum(len(context.tokens) for context in contexts_of(row))
+        )
+        for row, times in zip(found, points, strict=True):
+            tokens += times * sum(len(context.tokens) for context in contexts_of(row))
             # Here, so that what is refused has not all been tokenised first.
             if tokens > most:
                 message = f"more tokens over all sides than max_call_tokens ({most}) a call"
@@ -67,7 +70,7 @@ class Tokeniser:
 
     async def prompt(self, tenant: str, ask: AskGeneration) -> Tokens:
         """What is to be continued. Raises ApiError as ``tokenise`` and ``chat_text`` do."""
-        size = len(ask.prompt or "") + sum(len(message.content) for message in ask.messages or ())
+        size = len(ask.prompt or "") + chat_length(ask.messages or ())
         return await self._run(tenant, size, self._prompt, ask)
 
     def _prompt(self, ask: AskGeneration) -> Tokens:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zoact_remote.adapter import Adapter, adapter_path
-from zoact_remote.errors import CallFailed, Conflict, ConnectionFailed, TooLarge
+from zoact_remote.errors import CallFailed, Conflict, TooLarge
 from zoact_remote.exports import pack
 from zoact_remote.layout import select_sites
 from zoact_remote.noise import Distribution
 from zoact_remote.tenants import Tenants
-from zoact_remote.transport import PASSING, Transport
+from zoact_remote.transport import Transport, is_passing
 from zoact_remote.wire import AdapterInfo, Basis, Info
 
 if TYPE_CHECKING:
@@ -110,8 +110,7 @@ class Client:
             try:
                 return patient.call("GET", "/info", Info.from_json, repeatable=True, once=True)
             except CallFailed as error:
-                waiting = isinstance(error, ConnectionFailed) or error.status in PASSING
-                if not waiting or time.monotonic() + POLL_S > deadline:
+                if not is_passing(error) or time.monotonic() + POLL_S > deadline:
                     raise
             time.sleep(POLL_S)
 

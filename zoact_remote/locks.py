@@ -65,11 +65,18 @@ def lock(directory: Path) -> IO[str]:
 
 
 def is_locked(directory: Path) -> bool:
-    """Whether a process uses a directory now."""
-    if not (directory / LOCK).is_file():
+    """Whether a process uses a directory now.
+
+    Raises:
+        OSError: the file cannot be read.
+
+    """
+    if fcntl is None or not (directory / LOCK).is_file():
         return False
-    try:
-        lock(directory).close()
-    except InUse:
-        return True
+    # Opened to read alone, and what it says is left alone: the directory may be somebody else's.
+    with open(directory / LOCK, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

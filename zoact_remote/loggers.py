@@ -36,7 +36,19 @@ def figures(record: StepRecord) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-class TensorBoard(Callback):
+class Logger(Callback):
+    """What sends figures somewhere, until it is closed."""
+
+    def close(self) -> None:
+        """Send what is left, and let go; for a run that fails, whose end no callback sees."""
+        raise NotImplementedError
+
+    def on_end(self, trainer: Trainer, history: History) -> None:
+        """Close."""
+        self.close()
+
+
+class TensorBoard(Logger):
     """Event files for TensorBoard, written by PyTorch's writer or, without PyTorch, by tensorboardX.
 
     Args:
@@ -59,14 +71,14 @@ class TensorBoard(Callback):
             self._file.add_scalar(name, value, record.step)
         self._file.flush()
 
-    def on_end(self, trainer: Trainer, history: History) -> None:
+    def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-class WeightsAndBiases(Callback):
+class WeightsAndBiases(Logger):
     """A run of Weights & Biases, which a resumed run goes on with.
 
     Args:
@@ -83,17 +95,20 @@ class WeightsAndBiases(Callback):
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Send a step's figures."""
-        self._run = self._run or self._wandb.init(project=PROJECT, id=trainer.run_id, resume="allow", **self._about)
+        if self._run is None:
+            # One of its own, whatever other trainers of this process log to.
+            once = {"id": trainer.run_id, "resume": "allow", "reinit": "create_new"}
+            self._run = self._wandb.init(project=PROJECT, **once, **self._about)
         self._run.log(figures(record), step=record.step)
 
-    def on_end(self, trainer: Trainer, history: History) -> None:
+    def close(self) -> None:
         """End the run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
 
 
-class Trackio(Callback):
+class Trackio(Logger):
     """A run of Trackio, which a resumed run goes on with.
 
     Args:
@@ -115,14 +130,14 @@ class Trackio(Callback):
             self._begun = True
         self._trackio.log(figures(record), step=record.step)
 
-    def on_end(self, trainer: Trainer, history: History) -> None:
+    def close(self) -> None:
         """End the run."""
         if self._begun:
             self._trackio.finish()
             self._begun = False
 
 
-def make_logger(kind: str, name: str, directory: Path, config: Mapping[str, Any]) -> Callback:
+def make_logger(kind: str, name: str, directory: Path, config: Mapping[str, Any]) -> Logger:
     """A logger by its name.
 
     Args:
@@ -135,7 +150,7 @@ def make_logger(kind: str, name: str, directory: Path, config: Mapping[str, Any]
         InvalidValue: there is no such logger, or its package is not installed.
 
     """
-    makers: dict[str, Callable[[], Callback]] = {
+    makers: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoard(directory / "tensorboard"),
         "wandb": lambda: WeightsAndBiases(name, config, directory),
         "trackio": lambda: Trackio(name, config),

@@ -6,7 +6,7 @@ one batch what the runs ask for together.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
@@ -56,8 +56,9 @@ def train_together(trainers: Sequence[Trainer]) -> list[Future[History]]:
     return runs
 
 
-def _stop(trainers: Iterable[Trainer], runs: Sequence[Future[History]]) -> None:
+def _stop(trainers: Sequence[Trainer], runs: Sequence[Future[History]]) -> None:
     # Again and again, since a run that only just begins forgets what it was told before.
     while wait(runs, STOP_EVERY_S).not_done:
-        for trainer in trainers:
-            trainer.stop("interrupted")
+        for trainer, run in zip(trainers, runs, strict=True):
+            if not run.done():
+                trainer.stop("interrupted")

@@ -122,6 +122,8 @@ class Trainer:
         for name, count in counts.items():
             if count < 1:
                 raise InvalidValue(name, f"must be at least 1, got {count}")
+        if seed < 0:
+            raise InvalidValue("seed", f"must be at least 0, got {seed}")
         self.adapter = adapter
         self.estimator = estimator
         self.optimizer = optimizer

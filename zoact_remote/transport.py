@@ -125,7 +125,7 @@ class Transport:
         return other
 
     def _set(self, timeout: tuple[float, float], retries: int, patience: float) -> None:
-        if not (len(timeout) == 2 and all(seconds > 0 for seconds in timeout)):
+        if not (isinstance(timeout, tuple) and len(timeout) == 2 and all(seconds > 0 for seconds in timeout)):
             raise InvalidValue("timeout", f"must be two numbers of seconds greater than 0, got {timeout!r}")
         if retries < 0:
             raise InvalidValue("retries", f"must be at least 0, got {retries}")
@@ -378,6 +378,11 @@ def _retry_after(header: str | None) -> float | None:
         return None
     aware = date if date.tzinfo is not None else date.replace(tzinfo=timezone.utc)
     return max(0.0, (aware - datetime.now(timezone.utc)).total_seconds())
+
+
+def is_passing(error: CallFailed) -> bool:
+    """Whether a call failed because a server, or a gateway before it, is not there or not ready."""
+    return isinstance(error, ConnectionFailed) or error.status in PASSING
 
 
 def is_loopback(host: str) -> bool:

@@ -248,7 +248,8 @@ class VllmEngine:
             name = f"{PREFIX}{next(self._next_request)}"
             outputs = self._generate(prompt, parameters, name, lora_request=lora, priority=turn.priority)
             async for output in outputs:
-                turn.moving, last = True, output
+                self.lanes.answered(turn)
+                last = output
             return last
 
         return await self.lanes.background(len(tokens), ask)

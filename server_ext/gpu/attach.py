@@ -80,7 +80,13 @@ def _fill_on_activation(manager: Any, release: Callable[[int], None]) -> None:
             return bool(activate(number))
         adapter = manager._registered_adapters[number]
         if not isinstance(adapter, PointLora):
-            activate(number)
+            try:
+                activate(number)
+            except BaseException:
+                if number in manager.lora_index_to_id:
+                    release(manager.lora_index_to_id.index(number))
+                    manager.deactivate_adapter(number)
+                raise
             release(manager.lora_index_to_id.index(number))
             return True
         modules, manager.modules = manager.modules, {}

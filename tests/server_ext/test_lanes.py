@@ -38,6 +38,7 @@ class Request:
     turn: Turn | None = None
     task: asyncio.Task[str] | None = None
     under_way: bool = False
+    answered: bool = False
 
     @property
     def done(self) -> bool:
@@ -85,7 +86,8 @@ class Road:
     def _check_cap(self, request: Request) -> None:
         others = self.those_under_way()
         if self.lanes.busy and others and self.cap is not None:
-            assert sum(other.tokens for other in others) + request.tokens <= AHEAD * self.cap
+            taken = sum(1 if other.answered else other.tokens for other in others)
+            assert taken + request.tokens <= AHEAD * self.cap
 
     async def serve(self) -> None:
         stack = ExitStack()
@@ -95,6 +97,13 @@ class Road:
 
     async def leave(self) -> None:
         self.served.pop().close()
+        await self.settle()
+
+    async def answer(self, request: Request) -> None:
+        """Something of its answer comes."""
+        assert request.turn is not None
+        request.answered = True
+        self.lanes.answered(request.turn)
         await self.settle()
 
     async def finish(self, request: Request) -> None:
@@ -221,9 +230,8 @@ def test_nobody_is_hurried_who_gets_on_or_is_alone() -> None:
         await road.wait(10 * PATIENCE_S)
         assert (writing.turns, stuck.turns) == ([BACKGROUND], [BACKGROUND])
         await road.serve()
-        assert writing.turn is not None
         for _ in range(3):
-            writing.turn.moving = True
+            await road.answer(writing)
             await road.wait(PATIENCE_S)
         assert (writing.turns, stuck.turns) == ([BACKGROUND], [BACKGROUND, FOREGROUND])
         # VLLM puts it off for foreground that takes all of the cache.
@@ -233,6 +241,21 @@ def test_nobody_is_hurried_who_gets_on_or_is_alone() -> None:
         await road.finish(stuck)
 
     run(4, go)
+
+
+def test_texts_that_are_being_written_leave_room_for_losses() -> None:
+    async def go(road: Road) -> None:
+        await road.serve()
+        texts = [await road.submit(10) for _ in range(AHEAD)]
+        losses = await road.submit(10)
+        assert road.those_waiting() == [losses]
+        for text in texts:
+            await road.answer(text)
+        assert road.those_waiting() == []
+        for request in (losses, *texts):
+            await road.finish(request)
+
+    run(10, go)
 
 
 def test_the_cap_holds_for_a_while_after_the_last_request() -> None:

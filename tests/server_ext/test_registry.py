@@ -487,6 +487,23 @@ def test_another_adapters_coefficients_are_not_taken(stage: Stage) -> None:
     assert sorted(adapter.info().state for adapter in stage.registry.all()) == ["failed", "ready"]
 
 
+def test_a_version_that_replays_to_something_else_is_never_read(stage: Stage) -> None:
+    make_adapter(stage, "acme/a")
+    for version in range(8):
+        stage.change("acme/a", Update(version, ((version, 0.5),)))
+    registry = stage.registry
+    key = registry.adapter("acme/a").row.key
+    stage.run(registry._journal(Journal.set_digest, key, 2, "sha256:other"))
+
+    async def read() -> None:
+        async with registry.at(await registry.calibrated("acme/a"), 2):
+            pass
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="version 2 of acme/a replays to other coefficients"):
+            stage.run(read())
+
+
 def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
     make_adapter(stage, "acme/a")
     registry, engine = stage.registry, stage._engine

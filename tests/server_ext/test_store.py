@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +41,15 @@ def test_in_pieces_an_update_comes_to_the_same(layout: Layout, distribution: Dis
     assert pieces == 1 + len(update.terms) + len(update.normaliser.terms if update.normaliser else ())
     assert digest == state.hold_on() == Coefficients(noise).after(update).digest()
     assert state.versions.keys() == {0, 1}
+
+
+def test_what_a_version_was_made_from_is_let_go_of() -> None:
+    state = AdapterState(Noise(Layout((Site(0, "a", "a", 4, 8),), 1), "rademacher"), {})
+    base = torch.ones(state.layout.size)
+    left = weakref.ref(base)
+    state.hold(1, base, Update(1, ((1, 0.5),)), [])
+    del base
+    assert left() is None
 
 
 def test_others_have_their_turn_while_a_long_update_is_made(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -286,6 +286,15 @@ PROBES = [{"seed": seed, "epsilon": 0.1} for seed in range(4)]
             400,
             "rows",
         ),
+        # Of a part, each row counts as often as it is evaluated.
+        (
+            "max_call_tokens",
+            400,
+            "/losses",
+            {"rows": [LONG_ROW, ROW], "probes": [{**probe, "part": [0, 2]} for probe in PROBES]},
+            400,
+            "rows",
+        ),
         ("max_request_bytes", 2000, "/losses", {"rows": [ROW] * 100, "base": True}, 413, None),
         ("max_adapters", 1, "", {"name": "NAME"}, 403, "name"),
         ("max_coefficient_bytes", 30000, "", {"name": "NAME", "rank": 9}, 403, "rank"),

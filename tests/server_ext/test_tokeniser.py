@@ -52,10 +52,11 @@ def rows_of(lengths: list[int]) -> list[Row]:
     return [CompletionRow(prompt="p" * length, completion="c") for length in lengths]
 
 
-@given(LENGTHS, st.integers(1, 4), st.integers(0, 80))
+@given(st.data(), LENGTHS, st.integers(0, 80))
 def test_rows_pass_if_they_fit_at_all_points_and_no_more_are_tokenised(
-    lengths: list[int], points: int, most: int
+    data: st.DataObject, lengths: list[int], most: int
 ) -> None:
+    points = data.draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)))
     seen = []
 
     def encode(text: str, special: bool) -> list[int]:
@@ -64,7 +65,8 @@ def test_rows_pass_if_they_fit_at_all_points_and_no_more_are_tokenised(
 
     limits = TenantLimits(max_call_tokens=most)
     asked = Tokeniser(engine(encode)).rows("acme", rows_of(lengths), limits, points)
-    fitting = [n for n in range(len(lengths) + 1) if points * sum(lengths[:n]) <= most]
+    costs = [times * length for times, length in zip(points, lengths, strict=True)]
+    fitting = [n for n in range(len(lengths) + 1) if sum(costs[:n]) <= most]
     if len(fitting) == len(lengths) + 1:
         assert [len(row.prompt) for row in asyncio.run(asked)] == lengths
     else:
@@ -79,7 +81,7 @@ def test_too_many_rows_are_not_tokenised() -> None:
         raise AssertionError
 
     with pytest.raises(ApiError, match=r"max_rows \(2\)"):
-        asyncio.run(Tokeniser(engine(encode)).rows("acme", rows_of([1, 1, 1]), TenantLimits(max_rows=2), 1))
+        asyncio.run(Tokeniser(engine(encode)).rows("acme", rows_of([1, 1, 1]), TenantLimits(max_rows=2), [1] * 3))
 
 
 @pytest.mark.parametrize(
@@ -101,10 +103,10 @@ def test_what_no_sequence_can_hold_is_not_tokenised() -> None:
 
     shared = Tokeniser(engine(encode))
     longest = CompletionRow(prompt="a" * 256, completion="a" * 256)
-    assert len(asyncio.run(shared.rows("acme", [longest], TenantLimits(), 1))) == 1
+    assert len(asyncio.run(shared.rows("acme", [longest], TenantLimits(), [1]))) == 1
     longer = CompletionRow(prompt="a" * 257, completion="b")
     with pytest.raises(ApiError, match=r"257 characters .* \(256\)") as refused:
-        asyncio.run(shared.rows("acme", [longer], TenantLimits(), 1))
+        asyncio.run(shared.rows("acme", [longer], TenantLimits(), [1]))
     assert (refused.value.param, refused.value.code) == ("rows[0].prompt", "context_length_exceeded")
     with pytest.raises(ApiError, match="257 characters"):
         asyncio.run(shared.prompt("acme", AskGeneration(prompt="a" * 257)))
@@ -123,8 +125,8 @@ def test_who_sends_much_does_not_hold_up_those_who_send_little(monkeypatch: pyte
         much = [CompletionRow(prompt="m" * 50, completion="m" * 50) for _ in range(20)]
         little = [CompletionRow(prompt="l", completion="l")]
         await asyncio.gather(
-            *(shared.rows("much", much, TenantLimits(), 1) for _ in range(5)),
-            *(shared.rows("little", little, TenantLimits(), 1) for _ in range(5)),
+            *(shared.rows("much", much, TenantLimits(), [1] * len(much)) for _ in range(5)),
+            *(shared.rows("little", little, TenantLimits(), [1] * len(little)) for _ in range(5)),
         )
 
     asyncio.run(scene())
@@ -145,7 +147,7 @@ def test_others_go_on_meanwhile_but_for_those_who_tokenise() -> None:
 
     async def scene() -> None:
         tokeniser = Tokeniser(engine(encode))
-        calls = [asyncio.create_task(tokeniser.rows("acme", rows_of([1]), TenantLimits(), 1)) for _ in range(4)]
+        calls = [asyncio.create_task(tokeniser.rows("acme", rows_of([1]), TenantLimits(), [1])) for _ in range(4)]
         calls_for_text = [asyncio.create_task(tokeniser.prompt("acme", AskGeneration(prompt="a"))) for _ in range(4)]
         while not at_work:
             await asyncio.sleep(0.001)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from zoact_remote.locks import InUse, is_locked, lock
+from zoact_remote.locks import LOCK, InUse, is_locked, lock
 
 HOLD = """
 import sys
@@ -37,6 +37,13 @@ def test_a_lock_names_its_process_and_ends_with_it(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
     with lock(tmp_path), pytest.raises(InUse, match=f"^process {os.getpid()}$"):
         lock(tmp_path)
+
+
+def test_who_looks_changes_nothing(tmp_path: Path) -> None:
+    lock(tmp_path).close()
+    before = (tmp_path / LOCK).read_bytes()
+    assert not is_locked(tmp_path)
+    assert (tmp_path / LOCK).read_bytes() == before
 
 
 def test_a_lock_that_says_nothing_yet(tmp_path: Path) -> None:

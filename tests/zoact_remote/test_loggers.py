@@ -89,6 +89,7 @@ def test_weights_and_biases(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     run_id = logged(make_logger("wandb", "acme/films", tmp_path, {"rank": 4}))
     ((_, about),) = wandb.named("init")
     assert (about["id"], about["resume"], about["config"]) == (run_id, "allow", {"rank": 4})
+    assert about["reinit"] == "create_new", "no other trainer's"
     assert [kwargs["step"] for _, kwargs in wandb.named("log")] == [0, 1, 2]
     assert len(wandb.named("finish")) == 1
 

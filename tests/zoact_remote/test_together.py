@@ -56,7 +56,7 @@ class Ends(Callback):
         self.ended: list[str | None] = []
 
     def after_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == 3:
+        if record.step == 3 and trainer.steps > 4:
             self.begun.wait(60)
 
     def on_end(self, trainer: Trainer, history: Any) -> None:
@@ -69,15 +69,18 @@ def test_an_interrupt_stops_every_run_after_its_step(monkeypatch: pytest.MonkeyP
     def wait(runs: Any, timeout: float | None = None) -> Any:
         if timeout is None:  # the wait that Ctrl-C cuts short
             callback.begun.wait(60)
+            futures.wait(runs[2:])
             raise KeyboardInterrupt
         return futures.wait(runs, timeout)
 
     monkeypatch.setattr("zoact_remote.together.wait", wait)
     adapters = [Regression(), Regression()]
     runs = [trainer(adapter, steps=10**6, callbacks=[callback]) for adapter in adapters]
+    done = trainer(Regression(), steps=2)
     with pytest.raises(KeyboardInterrupt):
-        train_together(runs)
+        train_together([*runs, done])
     assert callback.ended == ["interrupted"] * 2
+    assert (done.step, done.history.stopped) == (2, None)
     for run, adapter in zip(runs, adapters, strict=True):
         assert 4 <= run.step == len(adapter.versions) - 1 < 10**6
 

@@ -59,6 +59,9 @@ def test_update_survives_json_exactly(update: Update) -> None:
         (lambda: Probe(1, 0.1, "minus"), "sides"),  # type: ignore[arg-type]
         (lambda: Probe(1, 0.1, part=(2, 2)), "part"),
         (lambda: Probe(1, 0.1, part=(-1, 2)), "part"),
+        (lambda: Probe(1, 0.1, part=(0, 1, 2)), "part"),  # type: ignore[arg-type]
+        (lambda: Probe(1, 0.1, part=(0.5, 2)), "part"),  # type: ignore[arg-type]
+        (lambda: Probe(1, "auto"), "epsilon"),  # type: ignore[arg-type]
         (lambda: Probe(1, 0.1, part=(0, 3)).rows_of(4), "part"),
         (lambda: Probe(1, 0.1, part=(0, 1)).rows_of(0), "part"),
         (lambda: Side(1, 0.1, 0), "sign"),  # type: ignore[arg-type]
@@ -91,6 +94,10 @@ def test_parts_hold_every_row_once(parts: int, length: int) -> None:
     assert {len(share) for share in shares} == {length}
     assert Probe(1, 0.1).rows_of(length) == range(length)
     assert "part" not in Probe(1, 0.1).to_json()
+    from_numpy = Probe(1, 0.1, part=[np.int64(0), 2])  # type: ignore[arg-type]
+    assert from_numpy == Probe(1, 0.1, part=(0, 2))
+    assert json.dumps(from_numpy.to_json()["part"]) == "[0, 2]"
+    assert hash(from_numpy)
     for probe in probes:
         assert schemas.Probe(**probe.to_json()).to_wire() == probe
 

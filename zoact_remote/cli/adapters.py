@@ -21,7 +21,10 @@ SHOWN_FAILURES = 5
 
 def export(
     adapter: options.Adapter,
-    directory: Annotated[Path, typer.Argument(help="Made if it does not exist.", show_default=False)],
+    directory: Annotated[
+        Path,
+        typer.Argument(help="Made if it does not exist; empty, or of an earlier export of a LoRA.", show_default=False),
+    ],
     version: options.Version = None,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
@@ -43,8 +46,12 @@ def export(
 ) -> None:
     """Write a version of an adapter as a PEFT directory, which PEFT and vLLM load as a LoRA, or as a whole model."""
     with reporting(as_json) as output, options.connect(url, api_key) as client:
+        from zoact_remote.exports import ABOUT
+
         if merge is not None and dtype is not None:
             raise CommandFailed("--dtype is for LoRAs: a merged model has the types of its checkpoint")
+        if directory.is_dir() and any(directory.iterdir()) and (merge or not (directory / ABOUT).is_file()):
+            raise CommandFailed(f"{directory} holds other files: give an empty directory, or a new one")
         found = client.adapter(adapter)
         # Named here, so that what is said is what was written even if someone trains it meanwhile.
         version = found.info.version if version is None else version

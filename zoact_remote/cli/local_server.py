@@ -15,6 +15,7 @@ from pathlib import Path
 from zoact_remote.cli.output import CommandFailed
 from zoact_remote.client import Client
 from zoact_remote.errors import CallFailed
+from zoact_remote.transport import is_passing
 
 LOOPBACK = "127.0.0.1"
 READY_WITHIN_S = 600.0
@@ -59,7 +60,9 @@ class LocalServer:
             try:
                 client.wait_until_ready(timeout=1.0)
                 return
-            except CallFailed:
+            except CallFailed as error:
+                if not is_passing(error):
+                    raise
                 if time.monotonic() > deadline:
                     raise CommandFailed(
                         f"the server was not ready after {timeout:.0f} s{last_lines(self.log)}"

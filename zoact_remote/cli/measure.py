@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from zoact_remote.cli.data import subset
+from zoact_remote.cli.output import CommandFailed
 from zoact_remote.epsilon import choose_epsilon
 from zoact_remote.errors import Inconclusive
 from zoact_remote.learning_rate import find_learning_rate
@@ -49,18 +50,20 @@ def measured(
 
 def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, output: Output) -> Json:
     found: Json = {}
+    # Directions that share the rows of a batch see so many times fewer, and want as many each.
+    sharing = (settings.probes or 1) if settings.split else 1
+    if len(rows) < sharing:
+        raise CommandFailed(f"{sharing} directions cannot share {len(rows)} rows: ask for fewer (--probes)")
     try:
         if settings.epsilon == AUTO:
             with output.waiting("measuring the losses' noise, to choose epsilon"):
-                choice = choose_epsilon(adapter, subset(rows, settings.batch_size))
+                choice = choose_epsilon(adapter, subset(rows, settings.batch_size // sharing))
             found |= {"epsilon": choice.epsilon, "noise": choice.noise, "slope": choice.slope}
             output.note(f"epsilon {choice.epsilon:g}: the losses' noise is {choice.noise:.2g} nats")
         if settings.learning_rate == AUTO:
             numbers = _with(settings, {"learning_rate": 1.0, **found})
             few = min(BATCHES * settings.batch_size, len(rows))
-            if settings.split:
-                # Directions that share rows want as many each.
-                few -= few % (settings.probes or 1)
+            few -= few % sharing
             with output.waiting("looking for a learning rate"):
                 test = find_learning_rate(
                     adapter,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -100,7 +100,7 @@ def connect(url: str | None, api_key: str | None) -> Iterator[Client]:
 
     """
     from zoact_remote.client import Client
-    from zoact_remote.errors import ConnectionFailed, InvalidValue
+    from zoact_remote.errors import ConnectionFailed, InvalidValue, RateLimited
 
     try:
         client = Client(url, api_key)
@@ -109,7 +109,8 @@ def connect(url: str | None, api_key: str | None) -> Iterator[Client]:
     with client:
         try:
             # Asked once: with the client's retries, a mistyped URL would take a quarter of a minute to show.
-            client.with_options(timeout=ANSWER_WITHIN_S, retries=0, patience=0.0).info()
+            with suppress(RateLimited):  # somebody is there, and the command's own calls wait
+                client.with_options(timeout=ANSWER_WITHIN_S, retries=0, patience=0.0).info()
         except ConnectionFailed as error:
             if error.sent:
                 raise

@@ -146,7 +146,7 @@ def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequenc
             raise CommandFailed(f"{data} is not there: run this in the repository, or give --data or --dataset")
         records = load_records(data)
         cut = None
-        if data.name == TICKETS.name:
+        if TICKETS.is_file() and data.samefile(TICKETS):
             task, cut = BUILTIN["tickets"], TICKETS_TO_TRAIN_ON
     else:
         records = load_records(dataset) if Path(dataset).is_file() else _hub_records(dataset)

@@ -23,14 +23,13 @@ from zoact_remote.errors import NotFound
 from zoact_remote.evaluation import Evaluation, calibrated, evaluate_examples
 from zoact_remote.files import write_atomically
 from zoact_remote.history import History
-from zoact_remote.loggers import make_logger
+from zoact_remote.loggers import Logger, make_logger
 from zoact_remote.metrics import OF_TEXT
 from zoact_remote.report import changed_answers, write_report
 from zoact_remote.training import Trainer, rows_digest
 
 if TYPE_CHECKING:
     from zoact_remote.adapter import Adapter
-    from zoact_remote.callbacks import Callback
     from zoact_remote.client import Client
     from zoact_remote.noise import Distribution
     from zoact_remote.tasks import Example, Task
@@ -96,6 +95,8 @@ def train_adapter(
     settings.check()
     if not rows:
         raise CommandFailed("there are no rows to train on")
+    if not held_out:
+        settings.check_unevaluated()
     if not (go_on or (resume and (directory / CHECKPOINT).is_file())):
         # Before anything of a run that was cut off is forgotten.
         with suppress(NotFound):
@@ -117,9 +118,9 @@ def train_adapter(
         "task": task.to_dict(),
     }
     with closing(RunFiles(directory, about, resume=resume)) as files:
-        (directory / TASK).write_text(task.to_toml(), encoding="utf-8")
+        write_atomically(directory / TASK, task.to_toml().encode())
         if config is not None:
-            (directory / CONFIG).write_text(dumps(config), encoding="utf-8")
+            write_atomically(directory / CONFIG, dumps(config).encode())
         started = files.started
         adapter = (
             client.adapter(name) if started else _ready_adapter(client, name, rows, settings, sites, output, go_on)
@@ -145,7 +146,7 @@ def _train(
     directory: Path,
     output: Output,
     files: RunFiles,
-    loggers: Sequence[Callback],
+    loggers: Sequence[Logger],
     facts: Mapping[str, object],
 ) -> tuple[History, dict[str, Json]]:
     """Train, and write the report; the run and its results."""
@@ -179,6 +180,9 @@ def _train(
             # The curves up to a failure are what explains it.
             _report(directory, adapter.info, facts, trainer.history, files, task, held_out)
             raise
+        finally:
+            for logger in loggers:
+                logger.close()
         bar.doing("trained")
     _report(directory, adapter.info, facts, history, files, task, held_out)
     return history, _results(adapter.info, files, history, task, held_out)
@@ -210,6 +214,10 @@ def _ready_adapter(
             # A run that was killed meanwhile may have had the server take it, from these very rows.
             basis = adapter.calibrate(sample, exist_ok=True)
         output.note(_about_basis(adapter, basis))
+    elif adapter.info.imported_digest is not None:
+        output.note(f"{name} was imported: its rank, its layers and its basis stay as they are")
+    elif not go_on:
+        output.note(f"{name} keeps the basis that was taken for it before")
     return adapter
 
 

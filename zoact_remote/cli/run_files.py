@@ -39,7 +39,7 @@ from zoact_remote.training import Trainer
 if TYPE_CHECKING:
     from zoact_remote.wire import AdapterInfo, Json
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT, METRICS, EVALUATIONS, RESULT = "checkpoint.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
 CONFIG, TASK, REPORT = "config.toml", "task.toml", "report.html"
 
@@ -183,9 +183,13 @@ def _check_replaceable(directory: Path, found: Json, about: Mapping[str, Any]) -
     elsewhere = "give another directory with --out"
     if found["name"] != about["name"]:
         raise CommandFailed(f"{directory} holds a run of {found['name']}: {elsewhere}")
-    # A run that begins at version 0 needs no such care: the adapter that was trained there is gone.
-    if about["continue"] and found["trainer"] is not None and not (directory / RESULT).is_file():
+    if found["trainer"] is None or (directory / RESULT).is_file():
+        return
+    # A run of the same model that begins at version 0 needs no such care: the adapter that was trained there is gone.
+    if about["continue"]:
         raise CommandFailed(f"{directory} holds a run that was cut off: go on with it by --resume, or {elsewhere}")
+    if found["model"] != about["model"]:
+        raise CommandFailed(f"{directory} holds a run of another model, which was cut off: {elsewhere}")
 
 
 def _check(saved: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> None:

@@ -26,10 +26,21 @@ def runs(
 ) -> None:
     """List the runs in a directory, and compare what they brought."""
     with reporting(as_json) as output:
+        from zoact_remote.cli.run_files import CHECKPOINT
+
         if not directory.is_dir():
             raise CommandFailed(f"there is no directory {directory}")
-        found = [_described(path.parent, directory) for path in sorted(directory.glob("**/checkpoint.json"))]
+        found = [_described_if_readable(path.parent, directory) for path in sorted(directory.glob(f"**/{CHECKPOINT}"))]
         output.result({"runs": found}, _table(found) if found else f"no runs in {directory}")
+
+
+def _described_if_readable(run: Path, directory: Path) -> dict[str, Any]:
+    """A run; one whose files are damaged, or somebody else's, does not keep the others from being listed."""
+    try:
+        return _described(run, directory)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        nothing = dict.fromkeys(("adapter", "task", "steps", "of", "loss", "before", "after", "best", "seconds"))
+        return {"name": str(run.relative_to(directory)), "state": "unreadable", "metric": "accuracy", **nothing}
 
 
 def _described(run: Path, directory: Path) -> dict[str, Any]:
@@ -104,10 +115,10 @@ def _table(found: list[dict[str, Any]]) -> Table:
     for run in found:
         table.add_row(
             run["name"],
-            run["adapter"],
+            run["adapter"] or NONE,
             run["task"] or NONE,
             run["state"],
-            f"{run['steps']}/{run['of']}",
+            NONE if run["steps"] is None else f"{run['steps']}/{run['of']}",
             shown(run["loss"], ".3f"),
             spelt(run["metric"]),
             *(shown(run[name], FIGURES[run["metric"]]) for name in ("before", "after", "best")),

@@ -140,6 +140,8 @@ class TrainingSettings:
             )
         if self.momentum and self.optimizer != "sgd":
             raise InvalidValue("momentum", f"is for sgd; {self.optimizer} has its own")
+        if self.min_delta and self.patience is None:
+            raise InvalidValue("min_delta", "is what counts as a gain: say how long to wait for one (--patience)")
         if self.patience is not None and self.eval_every is None:
             raise InvalidValue("patience", "counts evaluations: say after how many steps there is one (--eval-every)")
         if self.split:
@@ -153,6 +155,21 @@ class TrainingSettings:
         numbers.make_estimator()
         numbers.make_optimizer()
         numbers.make_schedule()
+        numbers.make_callbacks("loss")
+        rate, decay = numbers.resolved().learning_rate, numbers.resolved().weight_decay
+        assert isinstance(rate, float)
+        assert decay is not None
+        if self.learning_rate != "auto" and rate * decay > 1:
+            raise InvalidValue("weight_decay", f"times the learning rate, {rate:g}, must be at most 1, got {decay:g}")
+
+    def check_unevaluated(self) -> None:
+        """Raise InvalidValue for settings that ask for held-out rows, where there are none."""
+        from zoact_remote.errors import InvalidValue
+
+        asked = {"eval_every": self.eval_every, "patience": self.patience, "keep_best": self.keep_best or None}
+        for name, value in asked.items():
+            if value is not None:
+                raise InvalidValue(name, "is for held-out rows, and none are held out")
 
     def check_limits(self, limits: Limits) -> None:
         """Raise InvalidValue for settings by which a step of the run would be beyond a server's limits."""

@@ -177,9 +177,9 @@ def _train(config: RunConfig, api_key: str | None, output: Output, *, resume: bo
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
-    """Whether an option stands on the command line, or in the environment."""
+    """Whether an option stands on the command line. The environment has its say where nothing else has."""
     source = context.get_parameter_source(name)
-    return source is not None and source.name != "DEFAULT"
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _number_or_auto(name: str, text: str) -> float | str:

@@ -82,5 +82,5 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         Probe(0, self.epsilon)  # checks epsilon
-        if self.probes < self.fewest:
-            raise InvalidValue("probes", f"must be at least {self.fewest}, got {self.probes}")
+        if not isinstance(self.probes, int) or self.probes < self.fewest:
+            raise InvalidValue("probes", f"must be a whole number of at least {self.fewest}, got {self.probes!r}")

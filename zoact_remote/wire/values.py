@@ -68,7 +68,10 @@ def _seed(value: Any, param: str) -> int:
 
 
 def _number(value: Any, param: str, *, above: float | None = None, least: float | None = None) -> float:
-    number = float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InvalidValue(param, f"must be a number, got {value!r}") from None
     if not math.isfinite(number):
         raise InvalidValue(param, f"must be finite, got {number}")
     if above is not None and number <= above:
@@ -79,7 +82,10 @@ def _number(value: Any, param: str, *, above: float | None = None, least: float 
 
 
 def _count(value: Any, param: str, *, least: int = 0) -> int:
-    count = operator.index(value)
+    try:
+        count = operator.index(value)
+    except TypeError:
+        raise InvalidValue(param, f"must be a whole number, got {value!r}") from None
     if count < least:
         raise InvalidValue(param, f"must be at least {least}, got {count}")
     return count
@@ -119,8 +125,11 @@ class Probe:
         object.__setattr__(self, "seed", _seed(self.seed, "seed"))
         object.__setattr__(self, "epsilon", _number(self.epsilon, "epsilon", above=0))
         _choice(self.sides, "sides", get_args(Sides))
-        if self.part is not None and not 0 <= self.part[0] < self.part[1]:
-            raise InvalidValue("part", f"must be (j, q) with 0 <= j < q, got {self.part}")
+        if self.part is not None:
+            part = tuple(_count(number, "part") for number in self.part)
+            if len(part) != 2 or part[0] >= part[1]:
+                raise InvalidValue("part", f"must be (j, q) with 0 <= j < q, got {self.part}")
+            object.__setattr__(self, "part", part)
 
     @property
     def signs(self) -> tuple[Literal[1, -1], ...]:

@@ -91,6 +91,17 @@ def test_export_writes_a_peft_directory(adapter: Adapter) -> None:
     assert Path("half/adapter_model.safetensors").stat().st_size < 0.7 * full
 
 
+def test_export_leaves_other_files_alone(adapter: Adapter, tiny_model: Path) -> None:
+    run("export", adapter.name, "exported")
+    run("export", adapter.name, "exported", "--version", "0")
+    Path("theirs").mkdir()
+    theirs = Path("theirs/adapter_model.safetensors")
+    theirs.write_text("precious")
+    for target, merge in (("theirs", ()), ("exported", ("--merge", str(tiny_model)))):
+        assert f"{target} holds other files" in run("export", adapter.name, target, *merge, code=1).stderr
+    assert theirs.read_text() == "precious"
+
+
 def test_audit_compares_journal_and_export(adapter: Adapter) -> None:
     found = run_json("audit", adapter.name)
     assert found == {

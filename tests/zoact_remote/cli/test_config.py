@@ -103,6 +103,9 @@ def test_what_is_wrong_is_named(content: str, param: str, message: str) -> None:
         ({"probes": 3, "split": True}, "split"),
         ({"split": True}, "split"),
         ({"learning_rate": -1.0}, "learning_rate"),
+        ({"optimizer": "adamw", "weight_decay": 1000.0}, "weight_decay"),
+        ({"min_delta": 0.1}, "min_delta"),
+        ({"min_delta": float("nan"), "patience": 1, "eval_every": 1}, "min_delta"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], param: str) -> None:
@@ -119,6 +122,23 @@ def test_defaults_are_the_methods_own() -> None:
     assert DEFAULTS.resolved().weight_decay == 0.0
     adamw = TrainingSettings(optimizer="adamw")
     assert adamw.resolved().weight_decay == WEIGHT_DECAY["adamw"] == adamw.make_optimizer().weight_decay  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("changes", [{"eval_every": 3}, {"eval_every": 3, "patience": 2}, {"keep_best": True}])
+def test_settings_that_need_held_out_rows(changes: dict[str, Any]) -> None:
+    TrainingSettings().check_unevaluated()
+    with pytest.raises(InvalidValue) as caught:
+        TrainingSettings(**changes).check_unevaluated()
+    assert caught.value.param in changes
+
+
+def test_the_environments_server_gives_way_to_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("run.toml").write_text('[adapter]\nurl = "http://from-file:1"\n')
+    monkeypatch.setenv("ZOACT_URL", "http://from-environment:2")
+    printed = ("train", "--config", "run.toml", "--print-config")
+    assert 'url = "http://from-file:1"' in run(*printed).stdout
+    assert 'url = "http://given:3"' in run(*printed, "--url", "http://given:3").stdout
+    assert "from-environment" not in run("train", "--print-config").stdout
 
 
 @given(st.integers(1, 100_000))

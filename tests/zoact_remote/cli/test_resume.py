@@ -194,6 +194,19 @@ def test_a_run_that_is_not_resumed_forgets_the_one_before(data: str, name: str, 
     assert [record["version"] for record in metrics] == list(range(5, 10))
 
 
+def test_a_run_of_another_model_is_not_forgotten(data: str, name: str, client: Client, cut_off: Any) -> None:
+    cut_off(7, answered=False)
+    train = ("train", data, "--adapter", name, *OPTIONS)
+    assert attempt(*train) == INTERRUPTED
+    path = results_of(name) / "checkpoint.json"
+    saved = json.loads(path.read_bytes())
+    path.write_text(json.dumps({**saved, "model": "sha256:other"}))
+    # Here nobody has trained an adapter of that name; on the other model's server somebody has.
+    client.adapter(name).delete()
+    assert "holds a run of another model" in run(*train, code=1).stderr
+    assert json.loads(path.read_bytes())["model"] == "sha256:other"
+
+
 def test_a_run_of_another_adapter_is_not_forgotten(data: str, name: str, client: Client) -> None:
     run("train", data, "--adapter", name, *OPTIONS, "--out", "results")
     before = Path("results/checkpoint.json").read_bytes()

@@ -45,6 +45,17 @@ def test_runs_under_way_and_cut_off(data: str, name: str, client: Client) -> Non
     assert run_json("runs")["runs"][0]["state"] == "cut off"
 
 
+@pytest.mark.parametrize("damage", ["{}", "[]", '{"name": "a'])
+def test_a_damaged_run_does_not_hide_the_others(data: str, name: str, client: Client, damage: str) -> None:
+    run("train", data, "--adapter", name, *SHORT)
+    other = Path("runs/a-damaged")
+    other.mkdir()
+    (other / "checkpoint.json").write_text(damage)
+    states = {found["name"]: found["state"] for found in run_json("runs")["runs"]}
+    assert states == {other.name: "unreadable", results_of(name).name: "done"}
+    assert "unreadable" in run("runs").stdout
+
+
 def test_no_runs() -> None:
     assert "no directory runs" in run("runs", code=1).stderr
     Path("elsewhere").mkdir()
