@@ -52,7 +52,12 @@ class RunConfig:
     adapter: str | None = setting(None, "adapter", "Its name, such as acme/triage.", key="name")
     url: str | None = setting(None, "adapter", "Of its server; $ZOACT_URL or http://127.0.0.1:8000 if not given.")
     go_on: bool = setting(False, "adapter", "Train an adapter that has been trained before.", key="continue")
-    out: str | None = setting(None, "output", "The results' directory; runs/TENANT-NAME if not given.", key="directory")
+    out: str | None = setting(
+        None,
+        "output",
+        "The results' directory, where an earlier run of the adapter gives way; runs/TENANT-NAME if not given.",
+        key="directory",
+    )
     log_to: tuple[LoggerName, ...] = setting(
         (), "output", "Services that also get every step's figures, where their package is installed."
     )
