@@ -23,6 +23,7 @@ import copy
 import ipaddress
 import logging
 import random
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -99,7 +100,7 @@ class Transport:
         self.url = url.rstrip("/")
         self._set(timeout, retries, patience)
         self._sleep = sleep
-        self._has_answered = False
+        self._answered = threading.Event()
         self._session = requests.Session()
         self._session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS_KEPT))
         # A proxy from the environment cannot reach this machine's own loopback.
@@ -246,7 +247,8 @@ class Transport:
                         raise requests.ConnectionError(f"the answer is to another call, {answered}")
                     if _ends_in_its_head(response):
                         raise requests.exceptions.ChunkedEncodingError("the answer was cut off in its head")
-                    self._has_answered |= response.status_code not in GONE
+                    if response.status_code not in GONE:
+                        self._answered.set()
                     if not response.ok:
                         raise _error_in(response, method, path, request_id)
                     return read(response)
@@ -261,7 +263,7 @@ class Transport:
             if once or state.attempt_number <= self.retries:
                 return once
             error = None if state.outcome is None else state.outcome.exception()
-            patient = self._has_answered and (_is_gone(error) or _is_too_soon(error))
+            patient = self._answered.is_set() and (_is_gone(error) or _is_too_soon(error))
             return not patient or state.idle_for >= self.patience
 
         retrying = tenacity.Retrying(

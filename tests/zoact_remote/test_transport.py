@@ -301,6 +301,17 @@ def test_a_server_that_has_answered_is_waited_for(transport: Transport, waits: l
 
 
 @responses.activate
+def test_what_answered_one_answered_all_that_share_its_connections(transport: Transport, waits: list[float]) -> None:
+    responses.get(INFO, json={"answer": 1})
+    transport.with_options(patience=0.0).call("GET", "/info", same, repeatable=True)
+    for _ in range(20):
+        responses.get(INFO, status=503)
+    responses.get(INFO, json={"answer": 2})
+    assert transport.call("GET", "/info", same, repeatable=True) == {"answer": 2}
+    assert len(waits) == 20
+
+
+@responses.activate
 @pytest.mark.parametrize("gone", GONE)
 def test_patience_ends(transport: Transport, waits: list[float], gone: Any) -> None:
     responses.get(INFO, json={})

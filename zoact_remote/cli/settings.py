@@ -156,10 +156,8 @@ class TrainingSettings:
         numbers.make_optimizer()
         numbers.make_schedule()
         numbers.make_callbacks("loss")
-        rate, decay = numbers.resolved().learning_rate, numbers.resolved().weight_decay
-        assert isinstance(rate, float)
-        assert decay is not None
-        if self.learning_rate != "auto" and rate * decay > 1:
+        rate, decay = self.resolved().learning_rate, self.resolved().weight_decay
+        if isinstance(rate, int | float) and decay is not None and rate * decay > 1:
             raise InvalidValue("weight_decay", f"times the learning rate, {rate:g}, must be at most 1, got {decay:g}")
 
     def check_unevaluated(self) -> None:
@@ -244,7 +242,7 @@ class TrainingSettings:
         from zoact_remote import schedules
 
         learning_rate = self.resolved().learning_rate
-        assert isinstance(learning_rate, float)
+        assert isinstance(learning_rate, int | float)
         if self.schedule == "constant":
             return schedules.constant(learning_rate, warmup=self.warmup)
         decay = schedules.linear if self.schedule == "linear" else schedules.cosine

@@ -84,7 +84,8 @@ def test_settings_make_the_method() -> None:
     assert isinstance(gaussian.make_optimizer(), GaussianAdam)
     assert (DEFAULTS.noise, gaussian.noise) == ("rademacher", "gaussian")
     assert TrainingSettings(schedule="constant").make_schedule()(399) == 2e-3
-    assert TrainingSettings(schedule="constant", learning_rate=0.0).make_schedule()(399) == 0.0
+    assert TrainingSettings(schedule="constant", learning_rate=1).make_schedule()(399) == 1.0
+    assert TrainingSettings(schedule="constant", learning_rate=0).make_schedule()(399) == 0.0
     assert TrainingSettings(schedule="cosine").make_schedule()(399) < 1e-3 * 2e-3
     assert TrainingSettings(warmup=10).make_schedule()(0) == 2e-4
     assert TrainingSettings(estimator="forward-difference", probes=3).make_estimator().ask(lambda: 1).base
