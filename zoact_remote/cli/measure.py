@@ -43,7 +43,12 @@ def measured(
         if files.measured is not None and adapter.refresh().version != files.start_version:
             adapter.rollback(files.start_version)
         files.keep_measured({})
-        files.keep_measured(_measure(adapter, rows, settings, output))
+        try:
+            files.keep_measured(_measure(adapter, rows, settings, output))
+        except Inconclusive:
+            # The adapter is back at what it was, and another run may train it.
+            files.keep_measured(None)
+            raise
     assert files.measured
     return _with(settings, files.measured)
 

@@ -97,7 +97,7 @@ class RunFiles(Callback):
     @property
     def started(self) -> bool:
         """Whether the run has a step behind it, or was measuring."""
-        return self._saved["trainer"] is not None or self._saved["measured"] is not None
+        return _is_started(self._saved)
 
     @property
     def measured(self) -> Json | None:
@@ -148,8 +148,8 @@ class RunFiles(Callback):
         self._found[None] = evaluation
         self._note(None, evaluation)
 
-    def keep_measured(self, found: Json) -> None:
-        """Keep what was measured; nothing when it is about to be begun."""
+    def keep_measured(self, found: Json | None) -> None:
+        """Keep what was measured: empty when it is about to be begun, None when it came to nothing."""
         self._saved["measured"] = found
         self._write()
 
@@ -183,13 +183,17 @@ def _check_replaceable(directory: Path, found: Json, about: Mapping[str, Any]) -
     elsewhere = "give another directory with --out"
     if found["name"] != about["name"]:
         raise CommandFailed(f"{directory} holds a run of {found['name']}: {elsewhere}")
-    if found["trainer"] is None or (directory / RESULT).is_file():
+    if not _is_started(found) or (directory / RESULT).is_file():
         return
     # A run of the same model that begins at version 0 needs no such care: the adapter that was trained there is gone.
     if about["continue"]:
         raise CommandFailed(f"{directory} holds a run that was cut off: go on with it by --resume, or {elsewhere}")
     if found["model"] != about["model"]:
         raise CommandFailed(f"{directory} holds a run of another model, which was cut off: {elsewhere}")
+
+
+def _is_started(saved: Json) -> bool:
+    return saved["trainer"] is not None or saved["measured"] is not None
 
 
 def _check(saved: Mapping[str, Any], here: Mapping[str, Any], path: str = "") -> None:

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.zoact_remote.cli.support import RECORDS, TASK, read_json, results_of, run, run_json
-from zoact_remote import Adapter, Callback, Client, EarlyStopping, Guard, Trainer
+from zoact_remote import Adapter, Callback, Client, EarlyStopping, Guard, Inconclusive, Trainer
 from zoact_remote.cli.app import app
 from zoact_remote.cli.output import INTERRUPTED
 from zoact_remote.cli.settings import TrainingSettings
@@ -280,3 +280,31 @@ def test_what_was_measured_is_measured_once(
     assert (first["epsilon"], first["learning_rate"]) == (
         *(made["measured"]["epsilon"], made["measured"]["learning_rate"]),
     )
+
+
+def test_a_search_that_was_cut_off_is_not_trained_on(data: str, name: str, client: Client, cut_off: Any) -> None:
+    train = ("train", data, "--adapter", name, "--steps", "3", "--batch-size", "2", "--learning-rate", "auto")
+    cut_off(12, answered=True)
+    assert attempt(*train) == INTERRUPTED
+    checkpoint = read_json(results_of(name) / "checkpoint.json")
+    assert (checkpoint["measured"], checkpoint["trainer"]) == ({}, None)
+    assert client.adapter(name).info.version
+    assert "go on with it by --resume" in run(*train, "--continue", code=1).stderr
+    assert read_json(results_of(name) / "checkpoint.json") == checkpoint
+    run(*train, "--resume")
+
+
+def test_a_search_that_came_to_nothing_leaves_the_adapter_to_other_runs(
+    data: str, name: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def search(adapter: Adapter, *_: Any, **__: Any) -> Any:
+        adapter.rollback(0)
+        raise Inconclusive("no learning rate lowered the loss")
+
+    monkeypatch.setattr("zoact_remote.cli.measure.find_learning_rate", search)
+    train = ("train", data, "--adapter", name, "--steps", "3", "--batch-size", "2")
+    assert "give --epsilon and --learning-rate as numbers and --continue" in " ".join(
+        run(*train, "--learning-rate", "auto", code=1).stderr.split()
+    )
+    run(*train, "--learning-rate", "0.01", "--continue")
+    assert client.adapter(name).info.version == 4
