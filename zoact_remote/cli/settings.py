@@ -93,7 +93,7 @@ class TrainingSettings:
         None,
         "method",
         "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first. If not given 0.002, "
-        "and in runs of more than 800 steps less, by the square root of their number.",
+        "and less in runs of more than 800 steps, by the square root of their number.",
     )
     schedule: ScheduleName = setting("linear", "method", "How the learning rate goes on: down to zero, or constant.")
     warmup: int = setting(0, "method", "Steps over which the learning rate rises.", least=0)
