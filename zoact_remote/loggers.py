@@ -6,6 +6,7 @@ import importlib
 import math
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,12 +37,12 @@ def figures(record: StepRecord) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None}
 
 
-class Logger(Callback):
+class Logger(Callback, ABC):
     """What sends figures somewhere, until it is closed."""
 
+    @abstractmethod
     def close(self) -> None:
         """Send what is left, and let go; for a run that fails, whose end no callback sees."""
-        raise NotImplementedError
 
     def on_end(self, trainer: Trainer, history: History) -> None:
         """Close."""

@@ -37,6 +37,7 @@ from zoact_remote.limits import check_limits
 from zoact_remote.optimizers import Optimizer
 from zoact_remote.schedules import Schedule, constant
 from zoact_remote.wire import Change, Json, Limits, Losses, Probe, Rollback, Row, Update, UpdateResult, change_from_json
+from zoact_remote.wire.values import whole_number
 
 BATCHES, PROBES = 0, 1
 """Streams of randomness: the children of a run's seed (``np.random.SeedSequence.spawn``)."""
@@ -122,8 +123,7 @@ class Trainer:
         for name, count in counts.items():
             if count < 1:
                 raise InvalidValue(name, f"must be at least 1, got {count}")
-        if seed < 0:
-            raise InvalidValue("seed", f"must be at least 0, got {seed}")
+        whole_number(seed, "seed")
         self.adapter = adapter
         self.estimator = estimator
         self.optimizer = optimizer

@@ -34,11 +34,14 @@ def measured(
     """The settings with numbers in the place of ``auto``: those that the run's files hold, if they do.
 
     Raises:
+        CommandFailed: there are too few rows for the directions that share them.
         Inconclusive: nothing could be measured.
 
     """
     if AUTO not in (settings.epsilon, settings.learning_rate):
         return settings
+    if len(rows) < settings.sharing:
+        raise CommandFailed(f"{settings.sharing} directions cannot share {len(rows)} rows: ask for fewer (--probes)")
     if not files.measured:
         if files.measured is not None and adapter.refresh().version != files.start_version:
             adapter.rollback(files.start_version)
@@ -55,20 +58,16 @@ def measured(
 
 def _measure(adapter: Adapter, rows: Sequence[Row], settings: TrainingSettings, output: Output) -> Json:
     found: Json = {}
-    # Directions that share the rows of a batch see so many times fewer, and want as many each.
-    sharing = (settings.probes or 1) if settings.split else 1
-    if len(rows) < sharing:
-        raise CommandFailed(f"{sharing} directions cannot share {len(rows)} rows: ask for fewer (--probes)")
     try:
         if settings.epsilon == AUTO:
             with output.waiting("measuring the losses' noise, to choose epsilon"):
-                choice = choose_epsilon(adapter, subset(rows, settings.batch_size // sharing))
+                choice = choose_epsilon(adapter, subset(rows, settings.batch_size // settings.sharing))
             found |= {"epsilon": choice.epsilon, "noise": choice.noise, "slope": choice.slope}
             output.note(f"epsilon {choice.epsilon:g}: the losses' noise is {choice.noise:.2g} nats")
         if settings.learning_rate == AUTO:
             numbers = _with(settings, {"learning_rate": 1.0, **found})
             few = min(BATCHES * settings.batch_size, len(rows))
-            few -= few % sharing
+            few -= few % settings.sharing
             with output.waiting("looking for a learning rate"):
                 test = find_learning_rate(
                     adapter,

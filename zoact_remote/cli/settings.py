@@ -92,8 +92,9 @@ class TrainingSettings:
     learning_rate: float | Auto | None = setting(
         None,
         "method",
-        "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first. If not given 0.002, "
-        "and less in runs of more than 800 steps, by the square root of their number.",
+        "The highest, after the warm-up; 'auto' to find it by a short run at rising rates first. "
+        f"If not given {LEARNING_RATE:g}, "
+        f"and less in runs of more than {FULL_RATE_STEPS} steps, by the square root of their number.",
     )
     schedule: ScheduleName = setting("linear", "method", "How the learning rate goes on: down to zero, or constant.")
     warmup: int = setting(0, "method", "Steps over which the learning rate rises.", least=0)
@@ -156,7 +157,8 @@ class TrainingSettings:
         numbers.make_optimizer()
         numbers.make_schedule()
         numbers.make_callbacks("loss")
-        rate, decay = self.resolved().learning_rate, self.resolved().weight_decay
+        made = self.resolved()
+        rate, decay = made.learning_rate, made.weight_decay
         if isinstance(rate, int | float) and decay is not None and rate * decay > 1:
             raise InvalidValue("weight_decay", f"times the learning rate, {rate:g}, must be at most 1, got {decay:g}")
 
@@ -182,6 +184,11 @@ class TrainingSettings:
             epsilon=1.0 if self.epsilon == "auto" else self.epsilon,
             learning_rate=1.0 if self.learning_rate == "auto" else self.learning_rate,
         )
+
+    @property
+    def sharing(self) -> int:
+        """Directions that share the rows of a batch, which they see so many times fewer of; 1 where each sees all."""
+        return (self.probes or 1) if self.split else 1
 
     def choose_sites(self, sites: Sequence[Site]) -> tuple[str, ...] | None:
         """Names of those that are trained, of a server's; None for all. See :func:`zoact_remote.layout.choose_sites`.

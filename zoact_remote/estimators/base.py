@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Protocol, TypeAlias
 
-from zoact_remote.errors import InvalidValue
 from zoact_remote.wire import Losses, Probe, Term
+from zoact_remote.wire.values import whole_number
 
 Draw: TypeAlias = Callable[[], int]
 """Returns a fresh 64-bit seed each time."""
@@ -82,5 +82,4 @@ class ProbeSettings:
 
     def __post_init__(self) -> None:
         Probe(0, self.epsilon)  # checks epsilon
-        if not isinstance(self.probes, int) or self.probes < self.fewest:
-            raise InvalidValue("probes", f"must be a whole number of at least {self.fewest}, got {self.probes!r}")
+        whole_number(self.probes, "probes", least=self.fewest)

@@ -81,7 +81,8 @@ def _number(value: Any, param: str, *, above: float | None = None, least: float 
     return number
 
 
-def _count(value: Any, param: str, *, least: int = 0) -> int:
+def whole_number(value: Any, param: str, *, least: int = 0) -> int:
+    """A value as an int. Raises InvalidValue if it is none, or too small."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -126,7 +127,7 @@ class Probe:
         object.__setattr__(self, "epsilon", _number(self.epsilon, "epsilon", above=0))
         _choice(self.sides, "sides", get_args(Sides))
         if self.part is not None:
-            part = tuple(_count(number, "part") for number in self.part)
+            part = tuple(whole_number(number, "part") for number in self.part)
             if len(part) != 2 or part[0] >= part[1]:
                 raise InvalidValue("part", f"must be (j, q) with 0 <= j < q, got {self.part}")
             object.__setattr__(self, "part", part)
@@ -229,7 +230,7 @@ class Update:
     key: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "base_version", _count(self.base_version, "base_version"))
+        object.__setattr__(self, "base_version", whole_number(self.base_version, "base_version"))
         object.__setattr__(self, "terms", _terms(self.terms))
         object.__setattr__(self, "decay", _number(self.decay, "decay", least=0))
         if self.decay > 1:
@@ -313,7 +314,7 @@ class Basis:
         _choice(self.source, "source", get_args(Source))
         _choice(self.positions, "positions", get_args(Positions))
         _choice(self.passes, "passes", (1, 2))
-        _count(self.oversampling, "oversampling")
+        whole_number(self.oversampling, "oversampling")
         _seed(self.seed, "seed")
 
     def to_json(self) -> Json:
