@@ -40,6 +40,9 @@ class Noise:
 
     """
 
+    COUNTER_BYTES = 24
+    """Of a block."""
+
     def __init__(
         self,
         layout: Layout,

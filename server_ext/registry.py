@@ -321,9 +321,16 @@ class Registry:
             await self._load(adapter)
 
     async def _load(self, adapter: Adapter) -> None:
-        """Has the engine hold an adapter that is locked as the journal says. Raises ApiError (500) if it does not."""
+        """Has the engine hold an adapter that is locked as the journal says.
+
+        Raises ApiError if it does not (500), or has no memory left for it (507).
+        """
         try:
             await self._versions.load(adapter)
+        except ApiError as error:
+            adapter.failure = error
+            log.warning("adapter not loaded", adapter=adapter.row.name, error=error.message)
+            raise
         except BaseException as error:
             adapter.failure = error
             if not isinstance(error, Exception):

@@ -10,14 +10,17 @@ import torch
 
 from server_ext.coefficients import Coefficients
 from server_ext.noise import DrawCache, Noise
+from server_ext.room import UNMEASURED_PASSES, Room
 from zoact_remote.layout import Layout
-from zoact_remote.noise import Distribution
+from zoact_remote.noise import LANES, Distribution
 from zoact_remote.wire import Update
 
-LEAST_ROOM, MOST_ROOM = 64 << 20, 4 << 30
+LEAST_DRAWS, MOST_DRAWS = 64 << 20, 4 << 30
 """Bytes that draws may be kept in."""
 PIECE_S = 0.1
 """Seconds that a version is made for, before others have the device."""
+BUFFERS_OF_UPDATE, BUFFERS_OF_NORMALISED_UPDATE = 2, 8
+"""Of the coefficients' size, that making a version takes for a while, itself among them."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class Point:
 class AdapterState:
     """One adapter on the device: its basis, and its coefficients at every version that is in use."""
 
-    def __init__(self, noise: Noise, basis: dict[str, torch.Tensor]) -> None:
+    def __init__(self, noise: Noise, basis: dict[str, torch.Tensor], room: Room | None = None) -> None:
         self.noise = noise
+        self._room = room or Room(noise.device, UNMEASURED_PASSES)
         self.basis = {name: vectors.to(noise.device, torch.float32).contiguous() for name, vectors in basis.items()}
         self.versions: dict[int, Coefficients] = {}
         self._pieces: Iterator[None] = iter(())
@@ -77,6 +81,7 @@ class AdapterState:
 
         Raises:
             RuntimeError: the base is not held.
+            NoRoom: the device has no memory for it.
 
         """
         self._digest, self._pieces = None, self._hold(version, base, update, keep)
@@ -98,6 +103,10 @@ class AdapterState:
         self, version: int, base: int | torch.Tensor | None, update: Update | None, keep: Collection[int]
     ) -> Iterator[None]:
         """Takes in a version, piece by piece."""
+        buffers = 0 if isinstance(base, int) else 1
+        if update is not None:
+            buffers += BUFFERS_OF_UPDATE if update.normaliser is None else BUFFERS_OF_NORMALISED_UPDATE
+        self._room.check(buffers * 4 * self.layout.size)
         made = self[base] if isinstance(base, int) else Coefficients(self.noise, base)
         if update is not None:
             made = yield from made.after_in_pieces(update)
@@ -114,16 +123,36 @@ class AdapterState:
 
 
 class AdapterStore:
-    """All adapters of an engine, by key."""
+    """All adapters of an engine, by key.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: the model's.
+        passes: bytes of it that a pass of the model takes at most, see :class:`Room`.
+
+    """
+
+    def __init__(self, device: torch.device, passes: int = UNMEASURED_PASSES) -> None:
         self.device = device
         self._adapters: dict[str, AdapterState] = {}
-        self._cache = DrawCache(_room(device))
+        self._cache = DrawCache(0)
+        self._room = Room(device, passes, self._cache.clear)
+        # On a GPU, where drawing anew takes many launches, up to a quarter of what there is for adapters.
+        self._cache.limit = min(max(LEAST_DRAWS, (self._room.free() or 0) // 4), MOST_DRAWS)
 
     def put(self, key: str, layout: Layout, distribution: Distribution, basis: dict[str, torch.Tensor]) -> None:
-        """Takes in an adapter, without any version of it as yet, in place of one of that key."""
-        self._adapters[key] = AdapterState(Noise(layout, distribution, self.device, self._cache), basis)
+        """Takes in an adapter, without any version of it as yet, in place of one of that key.
+
+        Raises:
+            NoRoom: the device has no memory for it, its first version and the making of another. It holds none of that
+                key then.
+
+        """
+        self.drop(key)
+        vectors = sum(4 * matrix.numel() for matrix in basis.values())
+        counters = Noise.COUNTER_BYTES * layout.size // LANES[distribution]
+        self._room.check(vectors + counters + (1 + BUFFERS_OF_NORMALISED_UPDATE) * 4 * layout.size)
+        noise = Noise(layout, distribution, self.device, self._cache)
+        self._adapters[key] = AdapterState(noise, basis, self._room)
 
     def __getitem__(self, key: str) -> AdapterState:
         try:
@@ -134,12 +163,3 @@ class AdapterStore:
     def drop(self, key: str) -> None:
         """Forgets an adapter."""
         self._adapters.pop(key, None)
-
-
-def _room(device: torch.device) -> int:
-    """Bytes for draws: on a GPU, where drawing anew takes many launches, up to a quarter of what the model leaves.
-
-    Others may have come to the same GPU when the room is taken up, hence the end to it.
-    """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-    return min(max(LEAST_ROOM, free // 4), MOST_ROOM)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,7 @@ from server_ext.errors import ApiError
 from server_ext.journal import Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
+from server_ext.room import NoRoom
 from server_ext.state_files import StateFiles
 from zoact_remote.wire import Change, Update
 
@@ -36,24 +39,30 @@ class Versions:
         self._metrics = metrics
 
     async def load(self, adapter: Adapter) -> None:
-        """Brings an adapter into the engine, at its newest version, and forgets what the engine held of it before."""
+        """Brings an adapter into the engine, at its newest version, and forgets what the engine held of it before.
+
+        Raises ApiError (507) if the engine has no room for it.
+        """
         row = adapter.row
         basis = await in_thread(self._files.read_basis, row.key, row.basis.digest)
         adapter.digests = {}
-        await self._engine.put(row.key, adapter.layout, row.distribution, basis)
+        with _room():
+            await self._engine.put(row.key, adapter.layout, row.distribution, basis)
         version = await self._journal(Journal.newest, row.key)
         await self.hold(adapter, version)
         adapter.version, adapter.largest = version, math.inf
 
     async def hold(self, adapter: Adapter, version: int) -> str:
-        """Sees to it that the engine holds a version, and returns its digest."""
+        """Sees to it that the engine holds a version, and returns its digest. Raises ApiError (507) if it cannot."""
         if version in adapter.digests:
             return adapter.digests[version]
         start, flat, entries = await self._way_to(adapter, version)
         if start not in adapter.digests:
-            await self.make(adapter, start, flat, None)
+            with _room():
+                await self.make(adapter, start, flat, None)
         for entry in entries:
-            digest = await self.make(adapter, entry.version, start, entry.change)
+            with _room():
+                digest = await self.make(adapter, entry.version, start, entry.change)
             if entry.digest is None:
                 await self.note_digest(adapter, entry.version, digest)
             elif entry.digest != digest and adapter.row.distribution == "rademacher":
@@ -98,3 +107,12 @@ class Versions:
             if flat is not None:
                 return start, flat, entries
             snapshots.remove(start)
+
+
+@contextmanager
+def _room() -> Iterator[None]:
+    """Refuses a call for which the engine has no memory left."""
+    try:
+        yield
+    except NoRoom as error:
+        raise ApiError(507, "no_room", str(error)) from error

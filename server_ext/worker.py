@@ -29,6 +29,7 @@ from server_ext.cpu_kernels import use_grouped_kernels
 from server_ext.gpu.platform import wanted as gpu_kernels_wanted
 from server_ext.inputs import make_sites
 from server_ext.logs import log
+from server_ext.room import UNMEASURED_PASSES, NoRoom
 from server_ext.schemas import BasisSpec
 from server_ext.store import AdapterStore, Point
 from zoact_remote.layout import Layout, Site
@@ -60,7 +61,9 @@ class ZoActWorker:
         """Takes its place in the LoRA manager and describes the worker, as JSON."""
         loras = self.model_runner.lora_manager
         self.zoact_manager = loras._adapter_manager
-        self.zoact_store = AdapterStore(self.device)
+        # Measured, unless the size of the key-value cache was given.
+        passes = getattr(self, "peak_activation_memory", UNMEASURED_PASSES)
+        self.zoact_store = AdapterStore(self.device, passes)
         self.zoact_dtype = loras.lora_config.lora_dtype
         self.zoact_misses = 0
         stock_load = loras._load_adapter
@@ -99,17 +102,19 @@ class ZoActWorker:
             }
         )
 
-    def zoact_call(self, method: str, args: Sequence[Any]) -> tuple[Any, str | None]:
-        """Another method's answer, or what it failed with.
+    def zoact_call(self, method: str, args: Sequence[Any]) -> tuple[Any, tuple[str, str] | None]:
+        """Another method's answer, or what it failed with: the exception's class and its message.
 
         A failure is an answer too: where vLLM's executor meets an exception it leaves the other workers' answers
         unread, and takes them for those to the next call.
         """
         try:
             return getattr(self, method)(*args), None
+        except NoRoom as error:
+            return None, (NoRoom.__name__, str(error))
         except Exception as error:
             log.exception("worker failed", method=method)
-            return None, repr(error)
+            return None, (type(error).__name__, str(error))
 
     def _zoact_parts(self, module: str) -> list[str]:
         """The checkpoint's names of the layers that a module of vLLM holds: q, k and v of qkv_proj."""

@@ -22,13 +22,13 @@ ArrayT = TypeVar("ArrayT", bound=Array)
 class Cache(Generic[ArrayT]):
     """Keeps what was made, by key; what has gone unused longest goes first.
 
-    Args:
+    Attributes:
         limit: bytes kept at most.
 
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._held = 0
         self._kept: OrderedDict[Hashable, ArrayT] = OrderedDict()
 
@@ -39,6 +39,11 @@ class Cache(Generic[ArrayT]):
             return self._kept[key]
         made = self._kept[key] = make()
         self._held += made.nbytes
-        while self._held > self._limit:
+        while self._held > self.limit:
             self._held -= self._kept.popitem(last=False)[1].nbytes
         return made
+
+    def clear(self) -> None:
+        """Lets go of everything."""
+        self._kept.clear()
+        self._held = 0

@@ -28,6 +28,7 @@ from server_ext.engines.base import CalibrationRow, GeneratedText, Model, Slots,
 from server_ext.key_limit import KeyLimit
 from server_ext.lanes import PREFIX, Lanes, Turn, training_cap
 from server_ext.packing import SCORED_ROWS, Pack, Packing
+from server_ext.room import NoRoom
 from server_ext.rows import Context, ContextScore, Tokens
 from server_ext.schemas import BasisSpec
 from server_ext.store import Point
@@ -269,10 +270,14 @@ class VllmEngine:
         return (await self._call_all(method, *args))[0]
 
     async def _call_all(self, method: str, *args: Any) -> list[Any]:
-        """Calls every worker and returns their answers. Raises RuntimeError if one failed."""
+        """Calls every worker and returns their answers. Raises NoRoom if one had none, RuntimeError if one failed."""
         answers = await self._client.collective_rpc("zoact_call", args=(method, args))
-        if failures := {error for _, error in answers if error is not None}:
-            raise RuntimeError(f"{method} failed in vLLM's workers: {', '.join(sorted(failures))}")
+        failures = sorted({tuple(failure) for _, failure in answers if failure is not None})
+        if failures and all(kind == NoRoom.__name__ for kind, _ in failures):
+            raise NoRoom(failures[0][1])
+        if failures:
+            said = ", ".join(f"{kind}: {message}" for kind, message in failures)
+            raise RuntimeError(f"{method} failed in vLLM's workers: {said}")
         return [answer for answer, _ in answers]
 
 

@@ -79,25 +79,20 @@ def _fill_on_activation(manager: Any, release: Callable[[int], None]) -> None:
         if number in manager._active_adapters:
             return bool(activate(number))
         adapter = manager._registered_adapters[number]
-        if not isinstance(adapter, PointLora):
+        modules = manager.modules
+        fill = release
+        if isinstance(adapter, PointLora):
+            fill, manager.modules = adapter.fill, {}
+        try:
             try:
                 activate(number)
-            except BaseException:
-                if number in manager.lora_index_to_id:
-                    release(manager.lora_index_to_id.index(number))
-                    manager.deactivate_adapter(number)
-                raise
-            release(manager.lora_index_to_id.index(number))
-            return True
-        modules, manager.modules = manager.modules, {}
-        try:
-            activate(number)
-        finally:
-            manager.modules = modules
-        try:
-            adapter.fill(manager.lora_index_to_id.index(number))
+            finally:
+                manager.modules = modules
+            fill(manager.lora_index_to_id.index(number))
         except BaseException:
-            manager.deactivate_adapter(number)
+            if number in manager.lora_index_to_id:
+                release(manager.lora_index_to_id.index(number))
+                manager.deactivate_adapter(number)
             raise
         return True
 

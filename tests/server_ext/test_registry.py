@@ -34,8 +34,10 @@ from server_ext.errors import ApiError
 from server_ext.importing import read_lora
 from server_ext.journal import Journal
 from server_ext.registry import Registry
+from server_ext.room import Room
 from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
+from server_ext.store import BUFFERS_OF_UPDATE
 from tests.loras import lora_archive, random_halves
 from tests.server_ext.support import OPERATOR
 from tests.strategies import SEEDS
@@ -444,6 +446,47 @@ def test_a_basis_that_could_not_be_loaded_is_there_once_it_can(stage: Stage, met
     assert not stage.read("acme/a", 0).any()
     info = stage.registry.adapter("acme/a").info()
     assert (info.state, info.version, info.digest is None) == ("ready", 0, False)
+    assert stage.change("acme/a", Update(0, ((1, 0.5),)))[0] == 1
+
+
+def test_what_the_device_has_no_room_for_is_refused_and_the_rest_serves(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = stage.bring("acme/a")
+    for version in range(OLD_VERSIONS_KEPT + 2):
+        stage.change("acme/a", Update(version, ((version, 0.5),)))
+    monkeypatch.setattr(Room, "free", lambda room: BUFFERS_OF_UPDATE * 4 * layout.size)
+    with pytest.raises(ApiError, match=r"left for adapters, 1 MiB are wanted: delete adapters") as refused:
+        stage.bring("acme/b")
+    assert (refused.value.status, refused.value.code) == (507, "no_room")
+    assert [adapter.row.name for adapter in stage.registry.all()] == ["acme/a"]
+    assert len(list((stage.directory / "bases").iterdir())) == 1
+    newest = stage.change("acme/a", Update(OLD_VERSIONS_KEPT + 2, ((1, 0.5),)))[0]
+    monkeypatch.setattr(Room, "free", lambda room: 0)
+    with pytest.raises(ApiError) as refused:
+        stage.read("acme/a", 1)
+    assert (refused.value.status, refused.value.code) == (507, "no_room")
+    assert stage.read("acme/a", newest).any()
+    assert stage.registry.adapter("acme/a").info().state == "ready"
+    monkeypatch.undo()
+    assert stage.read("acme/a", 1).any()
+    stage.bring("acme/b")
+
+
+def test_an_adapter_without_room_at_its_calibration_serves_once_there_is_some(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = CreateAdapter(name="acme/a", rank=2, sites=list(SITES), basis=BasisSpec(source="random"))
+    stage.run(stage.service.create(OPERATOR, ask))
+    monkeypatch.setattr(Room, "free", lambda room: 0)
+    for call in (
+        lambda: stage.run(stage.service.calibrate(OPERATOR, "acme/a", Calibrate())),
+        lambda: stage.change("acme/a", Update(0, ())),
+    ):
+        with pytest.raises(ApiError) as refused:
+            call()
+        assert (refused.value.status, refused.value.code) == (507, "no_room")
+    monkeypatch.undo()
     assert stage.change("acme/a", Update(0, ((1, 0.5),)))[0] == 1
 
 

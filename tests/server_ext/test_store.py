@@ -16,7 +16,8 @@ from server_ext import store
 from server_ext.coefficients import Coefficients
 from server_ext.engines.transformers import TransformersEngine
 from server_ext.noise import Noise
-from server_ext.store import AdapterState
+from server_ext.room import NoRoom, Room
+from server_ext.store import AdapterState, AdapterStore
 from tests.strategies import layouts, updates
 from zoact_remote import Normaliser, Update
 from zoact_remote.layout import Layout, Site
@@ -82,3 +83,26 @@ def test_a_version_that_cannot_be_made_is_not_gone_on_with() -> None:
         state.hold(4, 3, None, [])
     with pytest.raises(RuntimeError, match="no version is being taken in"):
         state.hold_on()
+
+
+def test_an_adapter_finds_room_at_the_cost_of_kept_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout((Site(0, "a", "a", 256, 1024),), 4)
+    adapters = AdapterStore(torch.device("cpu"))
+    adapters.put("a", layout, "rademacher", {})
+    adapters["a"].hold(0, None, Update(0, ((1, 0.5),)), [])
+    kept, left = adapters["a"].noise._cache, 1 << 20
+    monkeypatch.setattr(Room, "free", lambda room: left - kept._held)
+    assert kept._held
+    left = 9 * 4 * layout.size + 24 * layout.size // 128 + 4 * 256 * 4
+    with pytest.raises(NoRoom, match=r"^the device has 0 MiB left for adapters, 1 MiB are wanted: "):
+        adapters.put("a", layout, "rademacher", {"a": torch.ones(256, 4), "b": torch.ones(1, 1)})
+    assert not kept._held
+    with pytest.raises(RuntimeError, match="the engine holds no adapter a"):
+        adapters["a"]
+    adapters.put("a", layout, "rademacher", {"a": torch.ones(256, 4)})
+    adapters["a"].hold(0, None, None, [])
+    left = 2 * 4 * layout.size
+    adapters["a"].hold(1, 0, Update(0, ((1, 0.5),)), [0])
+    with pytest.raises(NoRoom):
+        adapters["a"].hold(2, 1, LONG, [0, 1])
+    assert adapters["a"].versions.keys() == {0, 1}
