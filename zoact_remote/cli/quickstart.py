@@ -29,8 +29,8 @@ TICKETS_TO_TRAIN_ON = 384
 """The file's first lines; the rest is held out, as the file's README says."""
 HELD_OUT = 0.2
 HUB_RECORDS = 2000
-TEXT_FIELDS = ("text", "sentence")
-"""Where the hub's data sets keep their text, by preference."""
+TEXT_FIELD, OTHER_TEXT_FIELD = "text", "sentence"
+"""Where data sets keep their text, by preference."""
 MODEL = "smollm2-135m"
 JOURNAL = "journal.sqlite"
 """Tells a server's state from a directory of someone else's."""
@@ -42,8 +42,8 @@ def quickstart(
     dataset: Annotated[
         str | None,
         typer.Option(
-            help="Train on this in place of the tickets: a file with text and label, or a classification "
-            "data set on the hub (needs 'datasets'). A fifth is held out.",
+            help="Train on this in place of the tickets: a file with text and label, or 2,000 records of a "
+            "classification data set on the hub, NAME[:CONFIG][@SPLIT] (needs 'datasets'). A fifth is held out.",
             metavar="FILE|NAME",
         ),
     ] = None,
@@ -136,22 +136,23 @@ def _said(answer: Json) -> str:
 
 def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequence[Example]]:
     """The task, the rows to train on and what is held out."""
-    from zoact_remote.cli.data import make_task, split
+    from zoact_remote.cli.data import make_task, split, subset
     from zoact_remote.tasks import BUILTIN, load_records
 
-    task = None
-    records: Sequence[Json]
+    task = cut = None
     if dataset is None:
         if not data.is_file():
             raise CommandFailed(f"{data} is not there: run this in the repository, or give --data or --dataset")
         records = load_records(data)
-        cut = None
         if TICKETS.is_file() and data.samefile(TICKETS):
             task, cut = BUILTIN["tickets"], TICKETS_TO_TRAIN_ON
     else:
-        records = load_records(dataset) if Path(dataset).is_file() else _hub_records(dataset)
-        cut = None
-    task = task or make_task(records)
+        records = load_records(dataset)
+        if not Path(dataset).is_file():
+            records = subset(records, HUB_RECORDS)
+    if task is None:
+        other = TEXT_FIELD not in records[0] and OTHER_TEXT_FIELD in records[0]
+        task = make_task(records, text_field=OTHER_TEXT_FIELD if other else None)
     if task.labels is None:
         raise CommandFailed(f"{dataset or data} has no text and label, which the quickstart shows: use zoact train")
     training, held_out = (records[:cut], records[cut:]) if cut is not None else split(records, HELD_OUT)
@@ -160,24 +161,6 @@ def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequenc
             f"{dataset or data} has {len(records)} records, too few to train on some and hold out others"
         )
     return task, task.rows(training), task.examples(held_out)
-
-
-def _hub_records(name: str) -> list[Json]:
-    """Records of a classification data set on the hub, as text and label."""
-    try:
-        import datasets
-    except ImportError:
-        raise CommandFailed(f"{name} is not a file; to load it from the hub: pip install 'zoact-remote[hub]'") from None
-    # Shuffled, since many sets are in order of label.
-    found = datasets.load_dataset(name, split="train").shuffle(seed=0)
-    found = found.select(range(min(HUB_RECORDS, len(found))))
-    field = next((field for field in TEXT_FIELDS if field in found.features), None)
-    if field is None or "label" not in found.features:
-        raise CommandFailed(
-            f"{name} has no text and label, but {', '.join(found.features)}: convert it to a file first"
-        )
-    names = getattr(found.features["label"], "names", None)
-    return [{"text": record[field], "label": names[record["label"]] if names else record["label"]} for record in found]
 
 
 def _forget(state: Path) -> None:

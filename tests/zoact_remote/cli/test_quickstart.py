@@ -17,8 +17,7 @@ import pytest
 from tests.support import Server
 from tests.zoact_remote.cli.support import HELD_OUT, TASK, ServeScript, figures, is_running, read_json, run, run_json
 from zoact_remote import Client, NotFound
-from zoact_remote.cli import local_server
-from zoact_remote.cli.data import split
+from zoact_remote.cli import local_server, quickstart
 from zoact_remote.cli.quickstart import ADAPTER
 from zoact_remote.locks import lock
 
@@ -103,19 +102,25 @@ def test_quickstart_on_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) ->
     class Found(list[dict[str, Any]]):
         features: ClassVar[dict[str, Any]] = {"sentence": None, "label": SimpleNamespace(names=["bad", "good"])}
 
-        def shuffle(self, seed: int) -> "Found":
-            return self
+    def load_dataset(name: str, config: str | None, split: str) -> Found:
+        assert (name, config, split) == ("films", "short", "validation")
+        return Found({"sentence": f"film {i}", "label": i % 2} for i in range(12))
 
-        def select(self, places: range) -> "Found":
-            return Found(self[i] for i in places)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setattr(quickstart, "HUB_RECORDS", 10)
+    made = run_json("quickstart", "--dataset", "films:short@validation", "--model", "m", "--steps", "1")
+    assert made["results"]["tuned"]["rows"] == 2
+    film = int(made["example"]["prompt"].removeprefix("film ").removesuffix("\nCategory:"))
+    assert made["example"]["expected"] == f" {('bad', 'good')[film % 2]}"
 
-    records = Found({"sentence": f"film {i}", "label": i % 2} for i in range(10))
-    hub = SimpleNamespace(load_dataset=lambda name, split: records)
-    monkeypatch.setitem(sys.modules, "datasets", hub)
-    made = run_json("quickstart", "--dataset", "films", "--model", "m", "--steps", "1")
-    shown = split(records, 0.2)[1][0]
-    assert made["example"]["prompt"] == f"{shown['sentence']}\nCategory:"
-    assert made["example"]["expected"] == f" {('bad', 'good')[shown['label']]}"
+
+def test_a_data_set_that_the_hub_does_not_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(*_: Any, **__: Any) -> None:
+        raise ValueError("no such thing")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    refused = run("quickstart", "--dataset", "films", code=1).stderr
+    assert "films could not be loaded from the hub: no such thing" in " ".join(refused.split())
 
 
 def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch) -> None:
