@@ -112,7 +112,7 @@ def read_lora(archive: BufferedIOBase, sites: Sequence[Site], max_rank: int, mod
     try:
         halves = _halves(TensorFile(files[TENSORS], TENSORS, LONGEST_HEAD), sites, rank)
     except InvalidValue as error:
-        raise invalid(error.param, str(error).removeprefix(f"{error.param}: ")) from None
+        raise invalid(error.param, error.message) from None
     return _fold(halves, scaling, max_rank)
 
 

@@ -15,12 +15,14 @@ class InvalidValue(ZoActError, ValueError):
 
     Attributes:
         param: path of the value at fault, such as ``terms[3]``; the same form as :attr:`CallFailed.param`.
+        message: what is wrong with it. The exception's text is both.
 
     """
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param}: {message}")
         self.param = param
+        self.message = message
 
 
 class Inconclusive(ZoActError, RuntimeError):

@@ -118,7 +118,7 @@ def task_of(records: Sequence[Mapping[str, Any]], table: Mapping[str, Any]) -> T
     try:
         return _with_fields(Task.from_dict(settings), text_field, label_field)
     except InvalidValue as error:
-        raise InvalidValue(f"task.{error.param}", str(error).removeprefix(f"{error.param}: ")) from None
+        raise InvalidValue(f"task.{error.param}", error.message) from None
 
 
 def _with_fields(task: Task, text_field: str | None, label_field: str | None) -> Task:

@@ -233,8 +233,7 @@ class Task:
         try:
             return cls.from_dict(data)
         except InvalidValue as error:
-            message = str(error).removeprefix(f"{error.param}: ")
-            raise InvalidValue(f"{os.fspath(path)}: {error.param}", message) from None
+            raise InvalidValue(f"{os.fspath(path)}: {error.param}", error.message) from None
 
     def _examples(self, record: Mapping[str, Any]) -> list[Example]:
         if self.messages is not None:
