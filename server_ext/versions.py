@@ -46,7 +46,7 @@ class Versions:
         row = adapter.row
         basis = await in_thread(self._files.read_basis, row.key, row.basis.digest)
         adapter.digests = {}
-        with _room():
+        with _refused_without_room():
             await self._engine.put(row.key, adapter.layout, row.distribution, basis)
         version = await self._journal(Journal.newest, row.key)
         await self.hold(adapter, version)
@@ -58,10 +58,10 @@ class Versions:
             return adapter.digests[version]
         start, flat, entries = await self._way_to(adapter, version)
         if start not in adapter.digests:
-            with _room():
+            with _refused_without_room():
                 await self.make(adapter, start, flat, None)
         for entry in entries:
-            with _room():
+            with _refused_without_room():
                 digest = await self.make(adapter, entry.version, start, entry.change)
             if entry.digest is None:
                 await self.note_digest(adapter, entry.version, digest)
@@ -110,7 +110,7 @@ class Versions:
 
 
 @contextmanager
-def _room() -> Iterator[None]:
+def _refused_without_room() -> Iterator[None]:
     """Refuses a call for which the engine has no memory left."""
     try:
         yield

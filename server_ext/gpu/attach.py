@@ -80,6 +80,7 @@ def _fill_on_activation(manager: Any, release: Callable[[int], None]) -> None:
             return bool(activate(number))
         adapter = manager._registered_adapters[number]
         modules = manager.modules
+        # A slot that vLLM has filled is none of ours any more.
         fill = release
         if isinstance(adapter, PointLora):
             fill, manager.modules = adapter.fill, {}
