@@ -15,6 +15,7 @@ from server_ext import store
 from server_ext.basis import random_test_matrix
 from server_ext.coefficients import Coefficients
 from server_ext.noise import Noise
+from server_ext.room import NoRoom
 from server_ext.store import AdapterStore, Point
 from zoact_remote import Update
 from zoact_remote.layout import Layout, Site
@@ -130,6 +131,25 @@ def test_calls_after_one_that_failed_get_their_own_answers() -> None:
         assert zero != one == workers[1].zoact_store["key"][1].digest()
         flat = await engine.read("key", 1)
         np.testing.assert_array_equal(flat, workers[1].zoact_store["key"][1].flat.numpy())
+
+    asyncio.run(calls())
+
+
+def test_an_engine_has_no_room_where_one_worker_has_none() -> None:
+    from server_ext.worker import ZoActWorker
+
+    workers = [ZoActWorker(), ZoActWorker()]
+    engine = engine_of(workers)
+
+    async def calls() -> None:
+        zero = await engine.hold("key", 0, None, None, [])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(workers[1].zoact_store["key"]._room, "free", lambda: 0)
+            with pytest.raises(NoRoom, match=r"^the device has 0 MiB left for adapters, 1 MiB are wanted: delete"):
+                await engine.hold("key", 1, 0, UPDATE, [0])
+        # The other worker has made it; it is made anew by both.
+        assert workers[0].zoact_store["key"].versions.keys() == {0, 1}
+        assert await engine.hold("key", 1, 0, UPDATE, [0]) != zero
 
     asyncio.run(calls())
 
