@@ -2,8 +2,11 @@
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -162,11 +165,18 @@ def test_an_adapter_is_not_trained_twice_by_accident(data: str, name: str, clien
     assert listed["before"] == made["results"]["before_this_run"]["accuracy"]
 
 
-def test_a_run_that_fails_leaves_its_curves(data: str, name: str, client: Client) -> None:
+def test_a_run_that_fails_leaves_its_curves(
+    data: str, name: str, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = MagicMock()
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=writer))
     # A step so long that the server refuses the update, which travels with the second step's losses.
-    far = ("--optimizer", "sgd", "--learning-rate", "1e9")
+    far = ("--optimizer", "sgd", "--learning-rate", "1e9", "--log-to", "tensorboard")
     result = run("train", data, "--adapter", name, "--steps", "5", *far, code=1)
     assert "error: update.terms: coefficients could come to" in result.stderr
+    assert [call.args[2] for call in writer().add_scalar.call_args_list if call.args[0] == "train/loss"] == [0]
+    writer().close.assert_called_once_with()
     out = results_of(name)
     assert "1 step ·" in (out / "report.html").read_text()
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
