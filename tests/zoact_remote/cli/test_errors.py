@@ -72,6 +72,18 @@ def test_a_server_that_is_starting_is_not_waited_for() -> None:
     assert result.stderr == "error: the server is still starting (request r1)\n"
 
 
+def test_a_server_that_has_too_much_to_do_is_there_and_the_call_itself_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zoact_remote.transport.BACKOFF", lambda state: 0.0)
+    error = {"message": "too many calls", "type": "invalid_request_error", "param": None, "code": "rate_limited"}
+    with responses.RequestsMock() as server:
+        info = server.get(f"{URL}/zoact/v1/info", status=429, json={"error": error}, headers={"x-request-id": "r1"})
+        server.get(f"{URL}/zoact/v1/adapters", status=429, json={"error": error}, headers={"x-request-id": "r2"})
+        server.get(f"{URL}/zoact/v1/adapters", json={"adapters": []})
+        result = run("adapters", "--url", URL)
+    assert info.call_count == 1
+    assert result.stdout == "no adapters\n"
+
+
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_what_is_waited_for_is_shown(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
     monkeypatch.setattr("zoact_remote.transport.BACKOFF", lambda state: 0.0)
