@@ -134,7 +134,8 @@ class Registry:
         Its files are on disk and the engine holds it before the journal says that it is there.
 
         Raises:
-            ApiError: its name is taken (409), or the disk failed (503); nothing changed.
+            ApiError: its name is taken (409), the disk failed (503), or the engine has no memory left for it (507);
+                nothing changed.
 
         """
         assert row.imported_digest is not None
@@ -191,7 +192,7 @@ class Registry:
         Raises:
             ApiError: the change is stale (412), uses a key of another one (409), goes back to a version that is not
                 there (404) or is too large (400), the adapter has no basis yet (409) or cannot be brought back after a
-                failure (500), or the disk failed (503); nothing changed.
+                failure (500), the disk failed (503), or the engine has no memory left (507); nothing changed.
 
         """
         await self._mend(adapter)
@@ -293,7 +294,7 @@ class Registry:
         """An existing version, which the engine holds for as long as the context lasts, whatever changes meanwhile.
 
         Of one adapter there are so many versions at a time; for a further one it waits. Raises ApiError if the adapter
-        was deleted meanwhile (404), or failed and does so again (500).
+        was deleted meanwhile (404), or failed and does so again (500), or if the engine has no memory left (507).
         """
         try:
             async with AsyncExitStack() as stack:
@@ -323,7 +324,7 @@ class Registry:
     async def _load(self, adapter: Adapter) -> None:
         """Has the engine hold an adapter that is locked as the journal says.
 
-        Raises ApiError if it does not (500), or has no memory left for it (507).
+        Raises ApiError if it does not (500), or has no memory left for it (507), or the disk failed (503).
         """
         try:
             await self._versions.load(adapter)

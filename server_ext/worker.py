@@ -110,10 +110,9 @@ class ZoActWorker:
         """
         try:
             return getattr(self, method)(*args), None
-        except NoRoom as error:
-            return None, (NoRoom.__name__, str(error))
         except Exception as error:
-            log.exception("worker failed", method=method)
+            if not isinstance(error, NoRoom):
+                log.exception("worker failed", method=method)
             return None, (type(error).__name__, str(error))
 
     def _zoact_parts(self, module: str) -> list[str]:
