@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/kernels.py
 
-Llama-3-8B geometry, for each rank. Slots: all layers of the model, for each distribution. Layers: one of each kind on a
-batch of 16,384 tokens of 8 probes, 32 slots. Medians of Triton's ``do_bench``; the floor counts x once and y twice at
-3 TB/s.
+Llama-3-8B geometry, for each rank. Slots: all layers of the model, for each distribution. Layers: one of each kind, 32
+slots, on a batch of 16,384 tokens of 8 probes' sides, and on one of 4,096 tokens of 2. Medians of Triton's
+``do_bench``; the floor counts x once and y twice at 3 TB/s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ LAYERS = {
 }
 """Inputs and outputs of a block's layers."""
 RANKS = (4, 16, 64)
-BLOCKS, SLOTS, PROBES, TOKENS = 32, 32, 8, 16384
+BATCHES = ((16384, 8), (4096, 2))
+"""Tokens, and slots that they have."""
+BLOCKS, SLOTS = 32, 32
 BYTES_A_MS = 3e9
 
 
@@ -47,10 +49,13 @@ def main() -> None:
     for rank in RANKS:
         for distribution in DISTRIBUTIONS:
             fill(rank, distribution)
-    print("\n| rank | layer | floor, ms | stock shrink + expand | ours |\n| --- | --- | --- | --- | --- |")
-    for rank in RANKS:
-        for name, (inputs, outputs) in LAYERS.items():
-            term(rank, name, inputs, outputs)
+    print(
+        "\n| tokens | rank | layer | floor, ms | stock shrink + expand | ours |\n| --- | --- | --- | --- | --- | --- |"
+    )
+    for tokens, sides in BATCHES:
+        for rank in RANKS:
+            for name, (inputs, outputs) in LAYERS.items():
+                term(tokens, sides, rank, name, inputs, outputs)
 
 
 def timed(call: Any) -> float:
@@ -91,38 +96,41 @@ def fill(rank: int, distribution: Distribution) -> None:
     print(f"| {rank} | {distribution} | {alone:.3f} | {with_basis:.3f} | {wall:.1f} |", flush=True)
 
 
-def term(rank: int, name: str, inputs: int, outputs: tuple[int, ...]) -> None:
-    x, y = (torch.randn(TOKENS, width, device=DEVICE, dtype=DTYPE) for width in (inputs, sum(outputs)))
+def term(tokens: int, sides: int, rank: int, name: str, inputs: int, outputs: tuple[int, ...]) -> None:
+    x, y = (torch.randn(tokens, width, device=DEVICE, dtype=DTYPE) for width in (inputs, sum(outputs)))
     stock_layer = lora_layer(inputs, outputs, SLOTS, slot_rank("stock", rank))
-    meta = LoRAKernelMeta.make(SLOTS, TOKENS, device=DEVICE)
-    meta.prepare_tensors(torch.repeat_interleave(torch.arange(PROBES, device=DEVICE), TOKENS // PROBES))
-    batch = meta.meta_args(TOKENS, False)
-    buffer = torch.empty(len(outputs), TOKENS, slot_rank("stock", rank), device=DEVICE)
+    meta = LoRAKernelMeta.make(SLOTS, tokens, device=DEVICE)
+    meta.prepare_tensors(torch.repeat_interleave(torch.arange(sides, device=DEVICE), tokens // sides))
+    arguments = meta.meta_args(tokens, False)
+    buffer = torch.empty(len(outputs), tokens, slot_rank("stock", rank), device=DEVICE)
     stock = (
-        timed(lambda: lora_shrink(x, list(stock_layer.lora_a_stacked), buffer, *batch, 1.0)),
+        timed(lambda: lora_shrink(x, list(stock_layer.lora_a_stacked), buffer, *arguments, 1.0)),
         timed(
-            lambda: lora_expand(buffer, list(stock_layer.lora_b_stacked), y, *batch, offset_start=0, add_inputs=True)
+            lambda: lora_expand(
+                buffer, list(stock_layer.lora_b_stacked), y, *arguments, offset_start=0, add_inputs=True
+            )
         ),
     )
     layer = lora_layer(inputs, outputs, SLOTS, slot_rank("ours", rank))
     lora_a, lora_b = layer.lora_a_stacked, layer.lora_b_stacked
-    order, tiles = tiles_of(np.repeat(np.arange(PROBES, dtype=np.int32), TOKENS // PROBES), SLOTS)
-    table = torch.full((most_tiles(TOKENS, SLOTS), 3), -1, dtype=torch.int32)
+    order, tiles = tiles_of(np.repeat(np.arange(sides, dtype=np.int32), tokens // sides), SLOTS)
+    table = torch.full((most_tiles(tokens, SLOTS), 3), -1, dtype=torch.int32)
     table[: len(tiles)] = torch.from_numpy(tiles)
     ranks = torch.full((SLOTS,), rank, dtype=torch.int32, device=DEVICE)
-    where = table.to(DEVICE), torch.from_numpy(order).to(DEVICE), ranks
-    reduced = lora.shrink(x, lora_a, *where)
-    first = timed(lambda: lora.shrink(x, lora_a, *where))
-    second = timed(lambda: lora.expand(y, reduced, lora_b, *where))
+    arrivals = torch.zeros(lora.MAX_SLICES * len(table), dtype=torch.int32, device=DEVICE)
+    batch = lora.Batch(table.to(DEVICE), torch.from_numpy(order).to(DEVICE), ranks, arrivals)
+    reduced = lora.shrink(x, lora_a, batch)
+    first = timed(lambda: lora.shrink(x, lora_a, batch))
+    second = timed(lambda: lora.expand(y, reduced, lora_b, batch))
     note = ""
     if len(outputs) == 2:
-        h = torch.empty(TOKENS, outputs[0], device=DEVICE, dtype=DTYPE)
-        fused = timed(lambda: lora.activate(y, h, reduced, lora_b, *where))
+        h = torch.empty(tokens, outputs[0], device=DEVICE, dtype=DTYPE)
+        fused = timed(lambda: lora.activate(y, h, reduced, lora_b, batch))
         plain = timed(lambda: torch.ops._C.silu_and_mul(h, y))
         note = f"; in the activation {fused:.3f}, which alone takes {plain:.3f}"
-    floor = TOKENS * 2 * inputs / BYTES_A_MS, TOKENS * 4 * sum(outputs) / BYTES_A_MS
+    floor = tokens * 2 * inputs / BYTES_A_MS, tokens * 4 * sum(outputs) / BYTES_A_MS
     cells = (f"{a:.3f} + {b:.3f}" for a, b in (floor, stock, (first, second)))
-    print(f"| {rank} | {name} | " + " | ".join(cells) + f"{note} |", flush=True)
+    print(f"| {tokens:,} | {rank} | {name} | " + " | ".join(cells) + f"{note} |", flush=True)
 
 
 def lora_layer(inputs: int, outputs: tuple[int, ...], slots: int, rank: int) -> Any:

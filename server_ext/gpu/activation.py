@@ -25,9 +25,7 @@ class Note(NamedTuple):
     y: torch.Tensor
     reduced: torch.Tensor
     lora_b: list[torch.Tensor]
-    tiles: torch.Tensor
-    order: torch.Tensor
-    ranks: torch.Tensor
+    batch: lora.Batch
 
 
 class Deferred:
@@ -48,16 +46,14 @@ class Deferred:
         y: torch.Tensor,
         reduced: torch.Tensor,
         lora_b: list[torch.Tensor],
-        tiles: torch.Tensor,
-        order: torch.Tensor,
-        ranks: torch.Tensor,
+        batch: lora.Batch,
         tokens: int,
     ) -> bool:
         """Notes a layer's term, if it is one of these layers; the answer says whether."""
         # A graph replays kernels without their notes, and the padding that it adds to a batch belongs to no tile.
         if lora_b[0].data_ptr() not in self._layers or y.shape[0] != tokens or torch.cuda.is_current_stream_capturing():
             return False
-        self._note = Note(y, reduced, lora_b, tiles, order, ranks)
+        self._note = Note(y, reduced, lora_b, batch)
         return True
 
     def give_out(self, y: torch.Tensor) -> Note | None:
@@ -86,7 +82,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     if note is None:
         torch.ops._C.silu_and_mul(h, x)
     else:
-        lora.activate(x, h, note.reduced, note.lora_b, note.tiles, note.order, note.ranks)
+        lora.activate(x, h, note.reduced, note.lora_b, note.batch)
     return h
 
 

@@ -46,6 +46,7 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
         self._order = self._batch[3 * tiles : 3 * tiles + max_num_batched_tokens]
         self._slots = self._batch[3 * tiles + max_num_batched_tokens :]
         self._counts = torch.zeros(2, dtype=torch.int32, device="cpu")
+        self._arrivals = torch.zeros(lora.MAX_SLICES * tiles, dtype=torch.int32, device=device)
         self.ranks = torch.full((MOST_LAYERS, self.max_loras), STOCK, dtype=torch.int32, device=device)
         self.alone = False
 
@@ -89,8 +90,9 @@ class GroupedPunicaWrapper(PunicaWrapperGPU):  # type: ignore[misc]  # final, bu
             super().add_lora_linear(y, x, lora_a_stacked, lora_b_stacked, scale, output_slices, **kwargs)
             return
         torch.ops.zoact.lora_linear(
-            y, x, list(lora_a_stacked), list(lora_b_stacked), self._tiles, self._order, self.ranks, self._counts
-        )
+            y, x, list(lora_a_stacked), list(lora_b_stacked),
+            self._tiles, self._order, self.ranks, self._arrivals, self._counts,
+        )  # fmt: skip
 
 
 def lora_linear(
@@ -101,16 +103,17 @@ def lora_linear(
     tiles: torch.Tensor,
     order: torch.Tensor,
     ranks: torch.Tensor,
+    arrivals: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
     """The operator: y += B (A x)."""
     tokens, with_slot = counts.tolist()
     if not with_slot:
         return
-    here = ranks[row_of(lora_a[0])]
-    reduced = lora.shrink(x, lora_a, tiles, order, here)
-    if not deferred.take_in(y, reduced, lora_b, tiles, order, here, tokens):
-        lora.expand(y, reduced, lora_b, tiles, order, here)
+    batch = lora.Batch(tiles, order, ranks[row_of(lora_a[0])], arrivals)
+    reduced = lora.shrink(x, lora_a, batch)
+    if not deferred.take_in(y, reduced, lora_b, batch, tokens):
+        lora.expand(y, reduced, lora_b, batch)
 
 
 def _lora_linear_fake(
@@ -121,12 +124,14 @@ def _lora_linear_fake(
     tiles: torch.Tensor,
     order: torch.Tensor,
     ranks: torch.Tensor,
+    arrivals: torch.Tensor,
     counts: torch.Tensor,
 ) -> None:
     return
 
 
 _library = Library("zoact", "FRAGMENT")  # type: ignore[no-untyped-call]
+# Arrivals change too, but are zeros again when the operator ends.
 direct_register_custom_op(
     "lora_linear", lora_linear, mutates_args=["y"], fake_impl=_lora_linear_fake, target_lib=_library
 )

@@ -13,11 +13,13 @@ pytest.importorskip("triton")
 pytest.importorskip("vllm")
 
 from server_ext.gpu import activation, wrapper
+from server_ext.gpu.lora import MAX_SLICES, Batch
 from server_ext.gpu.slots import MOST_LAYERS, row_of
 from server_ext.gpu.tiles import most_tiles, tiles_of
 from tests.server_ext.gpu.support import DEVICE, DTYPE
 
 TOKENS, INPUTS, WIDTH, RANK, SLOTS = 70, 48, 40, 16, 2
+ARRIVALS = torch.zeros(MAX_SLICES * most_tiles(TOKENS, SLOTS), dtype=torch.int32, device=DEVICE)
 
 
 def ranks_of(lora_a: list[torch.Tensor], of_slots: list[int]) -> torch.Tensor:
@@ -56,11 +58,11 @@ def test_a_term_left_to_the_activation_is_the_term(
     ranks = ranks_of(lora_a, [4, -1])
     counts = torch.tensor([TOKENS, TOKENS - 10], dtype=torch.int32)
     added, left = y.clone(), y.clone()
-    wrapper.lora_linear(added, x, lora_a, lora_b, *batch, ranks, counts)
+    wrapper.lora_linear(added, x, lora_a, lora_b, *batch, ranks, ARRIVALS, counts)
     gate, up = added.double()[:, :WIDTH], added.double()[:, WIDTH:]
     reader: torch.nn.Module = object.__new__(activation.TermedSiluAndMul)
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
-    wrapper.lora_linear(left, x, lora_a, lora_b, *batch, ranks, counts)
+    wrapper.lora_linear(left, x, lora_a, lora_b, *batch, ranks, ARRIVALS, counts)
     assert torch.equal(left, y)
     # The Transformers backend's batches have one dimension more.
     h = activation.silu_and_mul(left[None])[0]
@@ -77,7 +79,7 @@ def test_a_padded_batch_leaves_no_term(batch: tuple[torch.Tensor, torch.Tensor],
     lora_a = [torch.ones(SLOTS, 1, RANK, INPUTS, device=DEVICE, dtype=DTYPE)] * 2
     ranks = ranks_of(lora_a, [4, -1])
     counts = torch.tensor([TOKENS - 1, TOKENS - 10], dtype=torch.int32)
-    wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, counts)
+    wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, ARRIVALS, counts)
     assert deferred.give_out(y) is None
     assert (y[10:] != 1).all()
 
@@ -88,9 +90,9 @@ def test_a_layer_that_an_adapter_leaves_alone_adds_nothing(batch: tuple[torch.Te
     lora_b = [torch.ones(SLOTS, 1, WIDTH, RANK, device=DEVICE, dtype=DTYPE)]
     ranks = ranks_of(other, [4, 4])
     counts = torch.tensor([TOKENS, TOKENS - 10], dtype=torch.int32)
-    wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, counts)
+    wrapper.lora_linear(y, x, lora_a, lora_b, *batch, ranks, ARRIVALS, counts)
     assert (y == 1).all()
-    wrapper.lora_linear(y, x, other, lora_b, *batch, ranks, counts)
+    wrapper.lora_linear(y, x, other, lora_b, *batch, ranks, ARRIVALS, counts)
     assert (y[10:] != 1).all()
 
 
@@ -99,7 +101,7 @@ def test_a_term_that_nobody_takes_up_is_an_error(deferred: activation.Deferred) 
     lora_b = [torch.ones(1, 1, WIDTH, RANK, device=DEVICE)] * 2
     reader: torch.nn.Module = object.__new__(activation.TermedSiluAndMul)
     deferred.add_layers([(SimpleNamespace(lora_b_stacked=lora_b), reader)])
-    assert deferred.take_in(y, y, lora_b, y, y, y, tokens=1)
+    assert deferred.take_in(y, y, lora_b, Batch(y, y, y, y), tokens=1)
     with pytest.raises(RuntimeError, match="did not follow"):
         deferred.give_out(torch.ones(1, 2 * WIDTH, device=DEVICE))
 
