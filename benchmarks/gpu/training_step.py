@@ -8,7 +8,9 @@ geometry, token ids, the last token scored. Each method is a process of its own 
 - ``mezo``: all weights perturbed in place, in plain Transformers (MeZO, arXiv 2305.17333);
 - ``in-place``: the same through vLLM, prefix caching off;
 - ``hot-swap``: LoRA adapters written to files and loaded into stock vLLM's server, one for each side of a pair;
-- ``ours``: ``zoact serve`` and a Trainer, over loopback; also with several tenants that train at once.
+- ``ours``: ``zoact serve`` and a Trainer, over loopback; a PipelinedTrainer, whose probes are one step stale; and
+  several tenants that train at once;
+- ``ours-fp8``: the same over FP8 weights, which cannot be perturbed in place. On a GPU.
 
 Prints two tables in Markdown: medians over the steps, and the tenants'. Runs on the CPU too, in float32.
 """
@@ -25,9 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,12 +49,13 @@ SCORED = 0
 WARM_UP = 2
 METHODS = ("ours", "in-place", "mezo", "hot-swap")
 """The slowest last."""
+FP8 = "ours-fp8"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", choices=geometry.GEOMETRIES, default="llama-8b")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, FP8], default=METHODS)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--rows", type=int, default=16)
@@ -65,7 +71,7 @@ def main() -> None:
         return
     found: list[dict[str, Any]] = []
     for method in options.methods:
-        found += apart(__file__, [*sys.argv[1:], "--method", method], ours=method == "ours")
+        found += apart(__file__, [*sys.argv[1:], "--method", method], ours=method in ("ours", FP8))
     if options.out:
         with open(options.out, "a") as out:
             out.writelines(json.dumps(row) + "\n" for row in found)
@@ -74,17 +80,19 @@ def main() -> None:
         f"\n{device}, {options.geometry}, {DTYPE}, rank {options.rank}, {options.rows} rows of {options.tokens} tokens"
     )
     print("\n| pairs a step | method | s a step | of ours |\n| --- | --- | --- | --- |")
-    ours = {row["pairs"]: row["seconds"] for row in found if row["method"] == "ours" and "tenants" not in row}
-    for row in found:
-        if "tenants" not in row:
-            share = f"{row['seconds'] / ours[row['pairs']]:.2f}" if row["pairs"] in ours else ""
-            print(f"| {row['pairs']} | {row['method']} | {row['seconds']:.3f} | {share} |")
+    steps = [row for row in found if "tenants" not in row]
+    ours = {row["pairs"]: row["seconds"] for row in steps if (row["method"], row.get("trainer")) == ("ours", "plain")}
+    for row in steps:
+        share = f"{row['seconds'] / ours[row['pairs']]:.2f}" if row["pairs"] in ours else ""
+        stale = ", one step stale" if row.get("trainer") == "pipelined" else ""
+        print(f"| {row['pairs']} | {row['method']}{stale} | {row['seconds']:.3f} | {share} |")
     several = [row for row in found if "tenants" in row]
     if several:
-        print("\n| tenants that train at once | sequences/s | of one's |\n| --- | --- | --- |")
-        for row in several:
-            rate = row["sequences_per_s"]
-            print(f"| {row['tenants']} | {rate:,.0f} | {rate / several[0]['sequences_per_s']:.2f} |")
+        print("\n| tenants that train at once | method | sequences/s | of one's |\n| --- | --- | --- | --- |")
+    for method, rows in groupby(several, itemgetter("method")):
+        rates = {row["tenants"]: row["sequences_per_s"] for row in rows}
+        for tenants, rate in rates.items():
+            print(f"| {tenants} | {method} | {rate:,.0f} | {rate / next(iter(rates.values())):.2f} |")
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -95,6 +103,7 @@ def measure(options: argparse.Namespace) -> None:
         model = geometry.write(options.geometry, directory / "model")
         methods: dict[str, Callable[..., Iterator[dict[str, Any]]]] = {
             "mezo": mezo, "in-place": in_place, "hot-swap": hot_swap, "ours": ours,
+            FP8: partial(ours, flags=["--quantization", "fp8"]),
         }  # fmt: skip
         for row in methods[options.method](options, model, prompts, directory):
             write_row(options.out, {"method": options.method, **row})
@@ -271,14 +280,14 @@ def stock_server(options: argparse.Namespace, model: str, directory: Path, flags
 
 
 def ours(
-    options: argparse.Namespace, model: str, prompts: list[list[int]], directory: Path
+    options: argparse.Namespace, model: str, prompts: list[list[int]], directory: Path, flags: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
-    from zoact_remote import Client
+    from zoact_remote import Client, PipelinedTrainer, Trainer
     from zoact_remote.cli.local_server import serving
 
     slots = 2 * max([*options.pairs, *options.tenants])
     arguments = [model, "--dtype", DTYPE, "--max-rank", str(options.rank), "--slots", str(slots)]
-    arguments += ["--state", str(directory / "state"), "--", *server_flags(options)]
+    arguments += ["--state", str(directory / "state"), "--", *server_flags(options), *flags]
     # An adapter of the 8B geometry takes some 150 MiB of what vLLM leaves.
     arguments += ["--gpu-memory-utilization", "0.7"] if ON_GPU else []
     rows = [{"prompt": prompt, "completion": [SCORED]} for prompt in prompts]
@@ -286,10 +295,10 @@ def ours(
         server.wait_until_ready(client)
         adapters = [new_adapter(client, options, tenant) for tenant in range(max([1, *options.tenants]))]
         for pairs in options.pairs:
-            seconds = train(adapters[:1], options, rows, pairs)
-            yield {"pairs": pairs, "seconds": seconds}
+            for name, trainer in (("plain", Trainer), ("pipelined", PipelinedTrainer)):
+                yield {"pairs": pairs, "trainer": name, "seconds": train(adapters[:1], options, rows, pairs, trainer)}
         for tenants in options.tenants:
-            seconds = train(adapters[:tenants], options, rows, 1)
+            seconds = train(adapters[:tenants], options, rows, 1, Trainer)
             sequences = 2 * options.rows * tenants
             yield {"pairs": 1, "tenants": tenants, "seconds": seconds, "sequences_per_s": sequences / seconds}
 
@@ -302,13 +311,13 @@ def new_adapter(client: Any, options: argparse.Namespace, tenant: int) -> Any:
     return adapter
 
 
-def train(adapters: list[Any], options: argparse.Namespace, rows: list[Any], pairs: int) -> float:
+def train(adapters: list[Any], options: argparse.Namespace, rows: list[Any], pairs: int, trainer: Any) -> float:
     """Seconds a step, the median over all steps of all adapters, which train at once."""
-    from zoact_remote import Adam, Trainer, TwoPoint, train_together
+    from zoact_remote import Adam, TwoPoint, train_together
 
     steps = WARM_UP + options.steps
     trainers = [
-        Trainer(adapter, TwoPoint(EPSILON, pairs), Adam(), RATE, rows, steps=steps, batch_size=len(rows))
+        trainer(adapter, TwoPoint(EPSILON, pairs), Adam(), RATE, rows, steps=steps, batch_size=len(rows))
         for adapter in adapters
     ]
     seconds = []
