@@ -101,7 +101,8 @@ def thin(points: Sequence[Point], most: int = MOST_POINTS) -> list[Point]:
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """A few round numbers over a range: inside it for whole numbers, around it, two or more, for others."""
     span = high - low
-    if span <= 0:
+    # Values that are equal but for rounding leave no room for a gap.
+    if span <= max(1e-300, 1e-9 * abs(low), 1e-9 * abs(high)):
         span = max(abs(low) * 0.1, 0.01)
         low, high = low - span / 2, low + span / 2
     raw = span / 5

@@ -161,13 +161,15 @@ def evaluate(
     )
     chosen = [guess for guess in predictions if guess is not None]
     answers = [row["answer"] for row in rows if "choices" in row]
+    # Where a score is not a number, no choice is the likeliest.
+    broken = any("choices" in row and np.isnan(values).any() for row, values in zip(rows, logprobs, strict=True))
     choices = [row.get("choices") for row in rows]
     # A score may be another figure than a likelihood, and then has no tokens.
     texts = [score for given, score in zip(choices, scores, strict=True) if given is None and score.tokens]
     found = Evaluation(
         version=version,
         loss=float(np.mean([score.loss for score in scores])),
-        accuracy=metrics.accuracy(chosen, answers) if chosen else None,
+        accuracy=(math.nan if broken else metrics.accuracy(chosen, answers)) if chosen else None,
         calibrated_accuracy=None,
         logprobs=logprobs,
         predictions=predictions,
@@ -180,6 +182,8 @@ def evaluate(
     )
     if None in choices or any(given != choices[0] for given in choices):
         return found
+    if broken:
+        return replace(found, calibrated_accuracy=math.nan, macro_f1=math.nan)
     likeliest = calibrated(logprobs).argmax(axis=1).tolist()
     return replace(
         found,

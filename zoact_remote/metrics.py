@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
-NUMBER = re.compile(r"(?:(?<![\w.)])-)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\w)\.\d+)")
+NUMBER = re.compile(r"(?:(?<![\w.)])[-\u2212][$€£¥]?)?(?:\d+(?:,\d{3})*(?:\.\d+)?|(?<!\w)\.\d+)")
 """A minus behind a word, a number or a bracket takes away, and is no sign."""
 FINAL_ANSWER = "####"
 """GSM8K's solutions have their answer behind it (Cobbe et al., arXiv 2110.14168)."""
@@ -84,11 +84,11 @@ def number_match(text: str, references: Sequence[str]) -> float:
 def final_number(text: str) -> float | None:
     """The number behind the first ``####``, else the last number in the text; None if there is none.
 
-    Commas may group thousands; units and currency signs are passed over.
+    Commas may group thousands; units and currency signs are passed over, between a minus and its number too.
     """
     before, _, behind = text.partition(FINAL_ANSWER)
     numbers = NUMBER.findall(behind)[:1] or NUMBER.findall(before)[-1:]
-    return float(numbers[0].replace(",", "")) if numbers else None
+    return float(re.sub(r"[,$€£¥]", "", numbers[0]).replace("\u2212", "-")) if numbers else None
 
 
 def spelt(figure: str) -> str:

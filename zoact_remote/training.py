@@ -308,6 +308,7 @@ class Trainer:
             "rate_scale": self.rate_scale,
             "callbacks": {name: callback.state_dict() for name, callback in self._stateful().items()},
             "unfinished": self.history.steps[-1].to_json() if self._unfinished else None,
+            "kept": self.history.kept,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -337,7 +338,9 @@ class Trainer:
         self.version = state["version"]
         self._pending = None if state["pending"] is None else change_from_json(state["pending"])
         self._unfinished = state["unfinished"] is not None
-        self.history = History(steps=[StepRecord.from_json(state["unfinished"])] if self._unfinished else [])
+        unfinished = [StepRecord.from_json(state["unfinished"])] if self._unfinished else []
+        # States of earlier releases do not say.
+        self.history = History(steps=unfinished, kept=state.get("kept"))
 
     def _stateful(self) -> dict[str, Callback]:
         """Callbacks with a state to keep, by kind; further ones of a kind have a number behind it."""

@@ -95,8 +95,7 @@ class Transport:
         patience: float = 600.0,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InvalidValue("url", f"must start with http:// or https://, got {url!r}")
+        host = _host(url)
         self.url = url.rstrip("/")
         self._set(timeout, retries, patience)
         self._sleep = sleep
@@ -104,10 +103,10 @@ class Transport:
         self._session = requests.Session()
         self._session.mount(self.url, requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS_KEPT))
         # A proxy from the environment cannot reach this machine's own loopback.
-        self._session.trust_env = not is_loopback(urlsplit(url).hostname or "")
+        self._session.trust_env = not is_loopback(host)
         if api_key is not None:
             # An auth object, not a header: requests would let a matching .netrc entry replace the header.
-            self._session.auth = _Bearer(api_key)
+            self._session.auth = _Bearer(_checked_key(api_key))
 
     def with_options(
         self,
@@ -275,6 +274,29 @@ class Transport:
             reraise=True,
         )
         return retrying(attempt)
+
+
+def _host(url: str) -> str:
+    """The host of a server's URL. Raises InvalidValue if it can be none."""
+    if not url.startswith(("http://", "https://")):
+        raise InvalidValue("url", f"must start with http:// or https://, got {url!r}")
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+        host.encode("idna")
+    except ValueError as error:
+        raise InvalidValue("url", f"is not one: {error}; got {url!r}") from None
+    if not host:
+        raise InvalidValue("url", f"has no host, got {url!r}")
+    return host
+
+
+def _checked_key(key: str) -> str:
+    """An API key as a header can hold it, without the line's end that a file may have left. It is never shown."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        raise InvalidValue("api_key", "must be of printable ASCII characters")
+    return key
 
 
 class _Bearer(requests.auth.AuthBase):

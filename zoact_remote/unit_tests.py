@@ -36,7 +36,10 @@ nowhere = os.open(os.devnull, os.O_WRONLY)
 for stream in (1, 2):
     os.dup2(nowhere, stream)
 for name, limit in job["limits"].items():
-    resource.setrlimit(getattr(resource, name), (limit, limit))
+    kind = getattr(resource, name)
+    given = resource.getrlimit(kind)[1]
+    limit = limit if given == resource.RLIM_INFINITY else min(limit, given)
+    resource.setrlimit(kind, (limit, limit))
 space = {"__name__": "answer"}
 exec(compile(job["code"], "answer", "exec"), space)
 for test in job["tests"]:

@@ -95,6 +95,10 @@ def test_running_again_changes_nothing() -> None:
     made = len(adapter.versions)
     run.run()
     assert len(adapter.versions) == made
+    resumed = stopping(adapter, patience=None, keep_best=True)
+    resumed.load_state_dict(json.loads(json.dumps(run.state_dict())))
+    assert resumed.run().kept == run.history.kept
+    assert len(adapter.versions) == made
 
 
 def judged(metric: str, *figures: tuple[float, float], **options: Any) -> tuple[int | None, int]:

@@ -171,6 +171,15 @@ def test_choices_that_differ_by_row_are_not_calibrated() -> None:
     assert found.macro_f1 is None
 
 
+def test_a_version_whose_scores_are_no_numbers_has_no_accuracy() -> None:
+    rows = [choice(0, -1.0, -2.0), choice(0, math.nan, math.nan)]
+    found = evaluate(Table(), rows)
+    assert all(math.isnan(getattr(found, name)) for name in ("accuracy", "calibrated_accuracy", "macro_f1"))
+    assert found.to_json()["accuracy"] is None
+    apart = evaluate(Table(), [*rows, choice(0, -1.0, -2.0, words=(" a", " b"))])
+    assert math.isnan(apart.figure("accuracy"))
+
+
 def test_figures_by_name() -> None:
     found = evaluate(Table(), [choice(0, -1.0, -2.0), choice(1, -1.0, -3.0)])
     assert (found.figure("accuracy"), found.figure("loss")) == (0.5, 2.0)

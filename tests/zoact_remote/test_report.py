@@ -197,7 +197,18 @@ def test_running_mean_is_of_the_last_steps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0.0, 1.0), (0.31, 0.84), (5.0, 5.0), (0.0, 0.0), (-3e-7, 2e-7), (12.0, 48_000.0)]
+    ("low", "high"),
+    [
+        (0.0, 1.0),
+        (0.31, 0.84),
+        (5.0, 5.0),
+        (0.0, 0.0),
+        (-3e-7, 2e-7),
+        (12.0, 48_000.0),
+        (0.1 + 0.2, 0.3),
+        (1e9, 1e9 + 1e-6),
+        (0.0, 5e-324),
+    ],
 )
 def test_ticks_are_few_round_and_around_the_range(low: float, high: float) -> None:
     found = ticks(low, high)

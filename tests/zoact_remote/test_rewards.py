@@ -1,6 +1,7 @@
 """Ready-made rewards."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -137,6 +138,12 @@ def test_time_and_memory_are_limited() -> None:
     for memory_mib, passed in ((256, 0), (1024, 1)):
         reward = passing_tests(timeout=60.0, memory_mib=memory_mib)
         assert reward({"tests": TESTS[:1]}, hungry) == passed
+
+
+def test_a_limit_may_be_lower_already() -> None:
+    lower = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+    script = f"{lower}from zoact_remote.rewards import passing_tests\nprint(passing_tests()({{'tests': ['pass']}}, ''))"
+    assert subprocess.check_output([sys.executable, "-c", script], text=True) == "1.0\n"
 
 
 def test_code_sees_neither_the_environment_nor_the_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

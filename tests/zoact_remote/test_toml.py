@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from zoact_remote import InvalidValue, toml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
-VALUES = TEXT | st.integers(-(2**63), 2**63 - 1) | st.booleans() | st.lists(TEXT, max_size=3)
+VALUES = (
+    TEXT | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.booleans() | st.lists(TEXT, max_size=3)
+)
 TABLES = st.recursive(
     st.dictionaries(TEXT, VALUES, max_size=3), lambda inner: st.dictionaries(TEXT, VALUES | inner, max_size=3)
 )
@@ -28,6 +30,12 @@ def test_it_reads_as_one_would_write_it() -> None:
     assert toml.dumps(data) == (
         'template = "{q}\\n"\nlist = ["a", "b"]\nmax_tokens = 8\n\n[table]\n"a b" = true\n\n[table.inner]\n0 = "x"\n'
     )
+
+
+def test_a_mark_of_utf_8_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbfa = 1\r\n")
+    assert toml.load(path) == {"a": 1}
 
 
 @pytest.mark.parametrize("content", [b"a = ", b"a = '\xff'"])

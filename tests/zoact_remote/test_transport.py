@@ -467,3 +467,35 @@ def test_an_answer_that_comes_twice_answers_its_own_call_alone(waits: list[float
 def test_a_gateway_may_name_calls_as_it_likes(transport: Transport) -> None:
     responses.get(INFO, json={"fine": True}, headers={"x-request-id": "gateway-7"})
     assert transport.call("GET", "/info", same, repeatable=True) == {"fine": True}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "server:8000",
+        "http://",
+        "http://[::1",
+        "http://server:99999",
+        "http://server:x",
+        f"http://{'a' * 64}",
+        "http://.x",
+    ],
+)
+def test_urls_that_are_none(url: str) -> None:
+    with pytest.raises(errors.InvalidValue, match=r"^url: "):
+        Transport(url)
+
+
+@responses.activate
+def test_a_key_comes_without_its_line_end() -> None:
+    responses.get(INFO, json={})
+    with closing(Transport(URL, api_key=" secret\n")) as transport:
+        transport.call("GET", "/info", same, repeatable=True)
+    assert responses.calls[0].request.headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize("key", ["sec\nret", "schl\u00fcssel", "\x00"])
+def test_a_key_that_no_header_can_hold_is_refused_unseen(key: str) -> None:
+    with pytest.raises(errors.InvalidValue, match="api_key") as caught:
+        Transport(URL, api_key=key)
+    assert key not in str(caught.value)

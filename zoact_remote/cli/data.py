@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -136,6 +137,8 @@ def subset(rows: Sequence[T], most: int) -> list[T]:
 
 def split(rows: Sequence[T], held_out: float) -> tuple[list[T], list[T]]:
     """The rows, and a share of them that is held out of training: always the same ones, in their order."""
+    if not 0 <= held_out <= 1:
+        raise CommandFailed(f"--hold-out: must be a share from 0 to 1, got {held_out}")
     chosen = _chosen(len(rows), round(len(rows) * held_out))
     rest = set(range(len(rows))).difference(chosen)
     return [rows[i] for i in sorted(rest)], [rows[i] for i in chosen]
@@ -165,11 +168,18 @@ def _label_word(option: str) -> tuple[str | int, str]:
 
 def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | int, str]:
     """Each label in the records as its own word, with the space before it that most tokenisers take as its part."""
-    found = {record[field] for record in records if isinstance(record.get(field), (str, int))}
+    from zoact_remote.tasks.records import RecordError
+    from zoact_remote.tasks.templates import lookup, text_of
+
+    found = set()
+    for record in records:
+        with suppress(RecordError):
+            if isinstance(label := lookup(record, field), (str, int)):
+                found.add(label)
     if not found:
         raise CommandFailed(f"no record has a label in {field!r}: name the field with --label-field, or give --task")
     if not all(isinstance(label, str) for label in found):
-        shown = ", ".join(map(str, sorted(found, key=str)[:4]))
+        shown = ", ".join(sorted(map(text_of, found))[:4])
         raise CommandFailed(
             f"the labels {shown} are not words: give each a word, --label '0= terrible' --label '1= great'"
         )
@@ -177,7 +187,8 @@ def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | i
         raise CommandFailed(
             f"{field!r} has {len(found)} values, too many for labels; to complete text, give --completion"
         )
-    return {label: f" {label}" for label in sorted(found)}
+    # A word is a template, and braces in a label are none of its.
+    return {label: f" {label.replace('{', '{{').replace('}', '}}')}" for label in sorted(map(text_of, found))}
 
 
 def _unescape(text: str) -> str:

@@ -45,9 +45,10 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 
     """
     path = Path(source)
-    in_file = path.is_file() or path.suffix in _READERS
+    suffix = path.suffix.lower()
+    in_file = path.is_file() or suffix in _READERS
     try:
-        found = list(_READERS.get(path.suffix, _read_jsonl)(path) if in_file else _read_hub(os.fspath(source)))
+        found = list(_READERS.get(suffix, _read_jsonl)(path) if in_file else _read_hub(os.fspath(source)))
     except UnicodeDecodeError as error:
         raise RecordError(f"{source}: not UTF-8: {error}") from None
     if not found:
@@ -73,7 +74,9 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             place = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
+                if "\\u" in line:  # half a character, which JSON can name and UTF-8 cannot hold
+                    json.dumps(record, ensure_ascii=False).encode()
+            except (ValueError, RecursionError) as error:  # a number or a nesting may be too large
                 raise RecordError(f"{place}: not JSON: {error}") from None
             if not isinstance(record, dict):
                 raise RecordError(f"{place}: not a JSON object, but {type(record).__name__}")
@@ -83,7 +86,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 def _read_csv(path: Path) -> Iterator[Record]:
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True, **(tabs if path.suffix == ".tsv" else {}))
+        reader = csv.reader(file, strict=True, **(tabs if path.suffix.lower() == ".tsv" else {}))
         line = 1
         try:
             header = next(reader, [])
@@ -125,7 +128,7 @@ def _read_hub(source: str) -> Iterator[Record]:
     name, _, config = path.partition(":")
     try:
         found = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the library's own, or of what it loads with
         raise RecordError(f"{source} could not be loaded from the hub: {error}") from error
     names = {field: getattr(feature, "names", None) for field, feature in found.features.items()}
     for number, record in enumerate(found, start=1):

@@ -107,14 +107,14 @@ def render_each(template: str, record: Mapping[str, Any], values: Values) -> lis
 
 
 def lookup(record: Mapping[str, Any], path: str) -> Any:
-    """What a record holds at a field, or at a member of one.
+    """What a record holds at a field, or at a member of one; a field whose own name has dots goes first.
 
     Raises:
         RecordError: there is no such field, or it is null.
 
     """
     value: Any = record
-    for name in path.split("."):
+    for name in [path] if path in record else path.split("."):
         if not isinstance(value, Mapping) or name not in value:
             there = ", ".join(map(repr, value)) if isinstance(value, Mapping) else repr(value)
             raise RecordError(f"field {path!r} is missing; there is {shortened(there) or 'nothing'}")

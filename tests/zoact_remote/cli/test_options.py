@@ -93,3 +93,27 @@ def test_settings_make_the_method() -> None:
     (stopping,) = TrainingSettings(guard=False, patience=2, eval_every=5).make_callbacks("token_f1")
     assert isinstance(stopping, EarlyStopping)
     assert (stopping.patience, stopping.metric) == (2, "token_f1")
+
+
+def test_labels_in_records_are_words_and_no_templates() -> None:
+    records = [{"text": "a", "label": "{text}"}, {"text": "b", "label": "{{}}"}, {"text": "c", "label": "{"}]
+    rows = make_task(records).rows(records)
+    assert [row["choices"][row["answer"]] for row in rows] == [" {text}", " {{}}", " {"]
+
+
+def test_a_label_may_be_a_member_of_a_field() -> None:
+    records = [{"text": "a", "meta": {"label": "x"}}, {"text": "b", "meta": {"label": "y"}}]
+    rows = make_task(records, label_field="meta.label").rows(records)
+    assert [row["choices"][row["answer"]] for row in rows] == [" x", " y"]
+
+
+def test_booleans_are_named_as_they_are_to_be_given() -> None:
+    records = [{"text": "a", "label": True}, {"text": "b", "label": False}]
+    with pytest.raises(CommandFailed, match="the labels false, true are not words"):
+        make_task(records)
+    assert [row["answer"] for row in make_task(records, labels=["false= no", "true= yes"]).rows(records)] == [1, 0]
+
+
+def test_a_share_held_out_is_a_number() -> None:
+    with pytest.raises(CommandFailed, match="--hold-out"):
+        split([1, 2, 3], float("nan"))

@@ -40,6 +40,11 @@ def test_json_lines(tmp_path: Path) -> None:
     assert load_jsonl(file(tmp_path, "any", LINES)) == RECORDS
 
 
+def test_how_a_name_ends_may_be_in_capitals(tmp_path: Path) -> None:
+    assert load_records(file(tmp_path, "R.CSV", 'a\n"x"\n')) == [{"a": "x"}]
+    assert load_records(file(tmp_path, "R.TSV", 'a\n"x"\n')) == [{"a": '"x"'}]
+
+
 def test_tabs_come_without_quotes(tmp_path: Path) -> None:
     assert load_records(file(tmp_path, "r.tsv", TABS)) == [{"text": 'She said "no', "label": "0"}]
 
@@ -65,6 +70,9 @@ def test_what_csv_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: 
         ("r.csv", 'a,b\n1,2\n"x"y,2', ":3: "),
         ("r.csv", "a,b\n", ": holds no records"),
         ("r.jsonl", "\n", ": holds no records"),
+        ("r.jsonl", f'{{"a": {"1" * 5000}}}', ":1: not JSON: Exceeds the limit"),
+        ("r.jsonl", '{"a": ' + "[" * 100_000, ":1: not JSON: maximum recursion depth"),
+        ("r.jsonl", '{"a": "\\ud83d"}', ":1: not JSON: 'utf-8' codec can't encode"),
     ],
 )
 def test_lines_that_hold_no_record(name: str, content: str, message: str, tmp_path: Path) -> None:
@@ -120,6 +128,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((arguments, options))
         if arguments[0] == "none":
             raise ValueError("no such split")
+        if arguments[0] == "directory":
+            raise LookupError("an error of its own")
         return Found([{"text": "x", "label": 1}, {"text": "y", "label": -1}])
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
@@ -133,6 +143,8 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(RecordError, match="none could not be loaded from the hub: no such split"):
         load_records("none")
+    with pytest.raises(RecordError, match="directory could not be loaded from the hub: an error of its own"):
+        load_records("directory")
 
 
 def test_records_are_plain_data() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoact_remote import RecordError
-from zoact_remote.tasks.templates import parse, render, render_each, text_of
+from zoact_remote.tasks.templates import lookup, parse, render, render_each, text_of
 
 
 @given(st.text(), st.text(), st.text())
@@ -89,3 +89,10 @@ def test_long_records_are_shown_in_part() -> None:
 def test_templates_that_make_no_sense(template: str) -> None:
     with pytest.raises(ValueError, match=r"plain name|form of a field|expected|Single"):
         parse(template)
+
+
+def test_a_name_with_dots_is_a_field_or_a_member() -> None:
+    assert lookup({"meta.label": "x", "meta": {"label": "y"}}, "meta.label") == "x"
+    assert lookup({"meta": {"label": "y"}}, "meta.label") == "y"
+    with pytest.raises(RecordError, match=r"field 'meta\.label' is missing; there is 'other'"):
+        lookup({"other": 1}, "meta.label")
