@@ -43,8 +43,14 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code, **self.extra}
+        param = None if self.param is None else _writable(self.param)
+        error = {"message": _writable(self.message), "type": kind, "param": param, "code": self.code, **self.extra}
         return {"error": error, "request_id": request_id}
+
+
+def _writable(text: str) -> str:
+    """A text that quotes what a caller sent, which may be half a character: JSON can name it, UTF-8 cannot hold it."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:

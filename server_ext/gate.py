@@ -15,7 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.requests import HTTPConnection
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import Message
 from structlog.contextvars import bound_contextvars
 
@@ -29,6 +29,8 @@ from server_ext.tenants import Caller, Tenants, calling
 
 REQUEST_ID = "x-request-id"
 READY_RETRY_S = 1
+CALLER_GONE = 499
+"""The status, in logs and counts, of a call whose caller went away before its end."""
 DRAIN_S = 30.0
 SLOTS_WITHIN_S = 1.0
 """An engine says how its slots are used between two steps, which may take longer."""
@@ -168,6 +170,8 @@ class PlainRoute(APIRoute):
                 refusal = error if isinstance(error, ApiError) else _validation_error(error)
                 code = refusal.code
                 response = error_response(refusal, request_id)
+            except ClientDisconnect:
+                response = Response(status_code=CALLER_GONE)
             except Exception:
                 response = internal_error(request.url.path, request_id)
             response.headers[REQUEST_ID] = request_id
@@ -212,6 +216,9 @@ class ZoActRoute(PlainRoute):
             except RequestValidationError:
                 outcome = {"status": status.HTTP_400_BAD_REQUEST}
                 raise
+            except ClientDisconnect:
+                outcome = {"status": CALLER_GONE}
+                raise
             finally:
                 seconds = round(time.perf_counter() - started, 4)
                 log.info("call", method=request.method, route=self.path, seconds=seconds, **outcome)
@@ -235,7 +242,7 @@ def label_of(caller: Caller | None) -> str:
 
 def request_id_of(request: HTTPConnection) -> str:
     """The id that the caller gave its request, or a new one."""
-    return request.headers.get(REQUEST_ID, "")[:128] or uuid.uuid4().hex
+    return request.headers.get(REQUEST_ID, "")[:128].strip() or uuid.uuid4().hex
 
 
 def limited(request: Request, most: int, limit: str = "max_request_bytes") -> Request:

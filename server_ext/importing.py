@@ -274,7 +274,8 @@ def _orthonormal(stack: Mapping[bytes, Flat]) -> tuple[Flat, dict[bytes, NDArray
     None stands for the identity, where the only A is orthonormal as it is.
     """
     stacked = np.concatenate([a.T for a in stack.values()], axis=1).astype(np.float64)
-    if len(stack) == 1 and np.abs(stacked.T @ stacked - np.eye(stacked.shape[1])).max() <= ORTHONORMAL:
+    width, columns = stacked.shape
+    if len(stack) == 1 and columns <= width and np.abs(stacked.T @ stacked - np.eye(columns)).max() <= ORTHONORMAL:
         return stacked.astype(np.float32), dict.fromkeys(stack)
     vectors, mix = np.linalg.qr(stacked)
     parts = np.split(mix, np.cumsum([len(a) for a in stack.values()])[:-1], axis=1)

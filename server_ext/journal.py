@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,6 +22,10 @@ from server_ext.schemas import BasisInfo
 from zoact_remote.noise import NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, change_from_json
 
+TERMS_AT_ONCE = 1 << 15
+"""Of entries that are read in one call: all adapters wait for the same journal."""
+LONGEST_ROLLBACK = 1000
+"""Characters that a rollback is written in at most."""
 SCHEMA_VERSION = 3
 SCHEMA = """
 CREATE TABLE adapters (
@@ -190,6 +194,10 @@ class Journal:
             )
         return newest + 1
 
+    def retract(self, adapter: str, version: int) -> None:
+        """Takes back the newest change, which nobody has been told of."""
+        self._db.execute("DELETE FROM entries WHERE adapter = ? AND version = ?", (adapter, version))
+
     def set_digest(self, adapter: str, version: int, digest: str) -> None:
         """Records the digest of the coefficients after a change."""
         self._db.execute("UPDATE entries SET digest = ? WHERE adapter = ? AND version = ?", (digest, adapter, version))
@@ -222,7 +230,17 @@ class Journal:
         row = self._db.execute(query, (adapter, idempotency_key)).fetchone()
         return _entry(*row) if row else None
 
-    def path(self, adapter: str, version: int, known: Collection[int]) -> tuple[int, list[Entry]]:
+    def entries_of(self, adapter: str, versions: Sequence[int], terms: float) -> list[Entry]:
+        """Entries of the first of some versions: one at least, and none after so many terms."""
+        found: list[Entry] = []
+        for version in versions:
+            found += self.entries(adapter, version - 1, version)
+            terms -= _terms_in(found[-1].change)
+            if terms <= 0:
+                break
+        return found
+
+    def path(self, adapter: str, version: int, known: Collection[int]) -> tuple[int, list[int]]:
         """How to come by a version from known ones.
 
         Args:
@@ -231,22 +249,23 @@ class Journal:
             known: versions whose coefficients are at hand; those of version 0 always are.
 
         Returns:
-            The known version to start from, and the entries from there on. Only the last of them can be a rollback:
-            what came before one makes no difference to what comes after it.
+            The known version to start from, and the versions to make from there on. Only the last of them can be a
+            rollback: what came before one makes no difference to what comes after it.
 
         """
-        entries: list[Entry] = []
+        # Updates may be long, and there may be a thousand of them: only what is as short as a rollback is read.
+        query = (
+            f"SELECT CASE WHEN length(change) < {LONGEST_ROLLBACK} THEN json_extract(change, '$.to_version') END "
+            "FROM entries WHERE adapter = ? AND version = ?"
+        )
+        versions: list[int] = []
         while version and version not in known:
-            (entry,) = self.entries(adapter, version - 1, version)
-            if isinstance(entry.change, Rollback):
-                # Those after it start from what it brought back.
-                version = entry.change.to_version
-                if not entries:
-                    entries.append(entry)
-            else:
-                entries.append(entry)
-                version -= 1
-        return version, entries[::-1]
+            (back_to,) = self._db.execute(query, (adapter, version)).fetchone()
+            if back_to is None or not versions:
+                versions.append(version)
+            # Those after a rollback start from what it brought back.
+            version = version - 1 if back_to is None else back_to
+        return version, versions[::-1]
 
 
 def _terms_in(change: Change) -> int:

@@ -178,6 +178,8 @@ class OpenAIRoutes:
             if path.startswith(METRICS):
                 await self._gate.measure()
             return self._inner, receive
+        if scope["type"] != "http":
+            raise ApiError(404, "not_found", f"{path} takes no websockets")
         stack.enter_context(self._gate.call(caller))
         if listing:
             one = path.removeprefix(MODELS).removeprefix("/")

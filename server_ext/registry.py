@@ -18,9 +18,10 @@ from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.disk import JournalThread, in_thread
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError, invalid
-from server_ext.journal import AdapterRow, Entry, Journal
+from server_ext.journal import TERMS_AT_ONCE, AdapterRow, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
+from server_ext.room import NoRoom
 from server_ext.state_files import StateFiles
 from server_ext.store import Point
 from server_ext.versions import Versions
@@ -28,8 +29,6 @@ from zoact_remote.digest import basis_digest
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.wire import Change, Rollback, Update
 
-PAGE_TERMS = 1 << 15
-"""Terms in a part of an adapter's history that is read at once, while nobody's changes are written."""
 SNAPSHOT_EVERY = 32
 """Changes from one snapshot to the next."""
 
@@ -223,6 +222,9 @@ class Registry:
             digest = await self._versions.make(adapter, version, base, change)
         except ApiError:
             raise  # It did not reach the disk.
+        except NoRoom as error:
+            await self._take_back(adapter, version)
+            raise ApiError(507, "no_room", str(error)) from error
         except BaseException as error:
             # The change stands in the journal, or may do so: it happened, whatever the engine made of it.
             adapter.failure = error
@@ -234,6 +236,14 @@ class Registry:
         if version % self._files.snapshots.every == 0:
             self._start_snapshot(adapter)
         return schemas.UpdateResult(version=version, digest=digest, applied=True)
+
+    async def _take_back(self, adapter: Adapter, version: int) -> None:
+        """Strikes the newest change, which the engine has not begun with and nobody has been told of."""
+        try:
+            await self._journal(Journal.retract, adapter.row.key, version)
+        except BaseException as error:
+            adapter.failure = error
+            raise
 
     async def _made_before(self, adapter: Adapter, change: Change, path: str) -> schemas.UpdateResult | None:
         """The answer to a change whose key has been used, if it has."""
@@ -267,7 +277,7 @@ class Registry:
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
         """An adapter's history behind a version: so many entries, or fewer if they are long."""
         newest, digest = adapter.version, adapter.digest
-        entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit, PAGE_TERMS)
+        entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit, TERMS_AT_ONCE)
         # The newest version's digest may be known without having reached the disk.
         return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 

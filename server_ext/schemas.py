@@ -30,6 +30,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 256
 MOST_MEMBERS = 64
 """Members of one object: more than any message has."""
+MOST_ITEMS = 1 << 16
+"""Of any list in a body, whatever a caller's limits: it is checked while everybody waits."""
 LARGEST_LIMIT = 2**53
 """Larger whole numbers are not exact in everybody's JSON."""
 LARGEST_SCALAR = 1e30
@@ -111,7 +113,7 @@ class ChatRow(Message):
     What is scored is all that the template writes from where the assistant speaks last, its end-of-turn mark included.
     """
 
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=2)]
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=2, max_length=MOST_ITEMS)]
 
     @field_validator("messages")
     @classmethod
@@ -161,7 +163,7 @@ class BasisSpec(BasisOptions):
 class CreateAdapter(Message):
     name: Annotated[str, Field(pattern=TENANT_ADAPTER, description="tenant/adapter")]
     rank: Annotated[int, Field(ge=1, le=512)] = 4
-    sites: Annotated[list[str], Field(fail_fast=True, min_length=1)] | None = Field(
+    sites: Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)] | None = Field(
         None, description="Full names or last components of layers; all of the model's sites if left out."
     )
     noise: Literal["rademacher", "gaussian"] = "rademacher"
@@ -212,7 +214,7 @@ class AdapterList(Message):
 
 
 class Calibrate(Message):
-    rows: list[Row] = []
+    rows: Annotated[list[Row], Field(fail_fast=True, max_length=MOST_ITEMS)] = []
 
 
 class BasisResult(Message):
@@ -286,8 +288,8 @@ class AskLosses(Message):
         None, description="The newest if left out; with an update, none but the version that it leads to."
     )
     base: bool = Field(False, description="Also answer with the unperturbed loss.")
-    probes: Annotated[list[Probe], Field(fail_fast=True, validate_default=True)] = []
-    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1)]
+    probes: Annotated[list[Probe], Field(fail_fast=True, validate_default=True, max_length=MOST_ITEMS)] = []
+    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
     update: Update | None = Field(None, description="Applied first, so that a training step is one round trip.")
 
     @field_validator("probes")
@@ -331,7 +333,7 @@ class SignedProbe(Message):
 class AskScores(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1)]
+    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
 
 
 class RowScores(Message):
@@ -350,7 +352,7 @@ class Scores(Message):
 class AskGeneration(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1)] | None = None
+    messages: Annotated[list[ChatMessage], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)] | None = None
     prompt: Annotated[Text | None, Field(validate_default=True)] = None
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,7 +13,7 @@ from server_ext.adapters import Adapter
 from server_ext.disk import JournalThread, in_thread
 from server_ext.engines.base import Engine
 from server_ext.errors import ApiError
-from server_ext.journal import Entry, Journal
+from server_ext.journal import TERMS_AT_ONCE, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
 from server_ext.room import NoRoom
@@ -56,11 +56,11 @@ class Versions:
         """Sees to it that the engine holds a version, and returns its digest. Raises ApiError (507) if it cannot."""
         if version in adapter.digests:
             return adapter.digests[version]
-        start, flat, entries = await self._way_to(adapter, version)
+        start, flat, versions = await self._way_to(adapter, version)
         if start not in adapter.digests:
             with _refused_without_room():
                 await self.make(adapter, start, flat, None)
-        for entry in entries:
+        async for entry in self._entries_of(adapter, versions):
             with _refused_without_room():
                 digest = await self.make(adapter, entry.version, start, entry.change)
             if entry.digest is None:
@@ -72,7 +72,7 @@ class Versions:
                     f"version {entry.version} of {adapter.row.name} replays to other coefficients than before"
                 )
             start = entry.version
-        self._metrics.replayed(len(entries))
+        self._metrics.replayed(len(versions))
         return adapter.digests[version]
 
     async def make(
@@ -93,19 +93,27 @@ class Versions:
             # Whoever replays the change finds its digest again: a full disk is no reason to fail what has been done.
             log.warning("digest not written", version=version)
 
-    async def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[Entry]]:
-        """A version to start from, its coefficients if they are in a file, and what leads on from there."""
+    async def _entries_of(self, adapter: Adapter, versions: Sequence[int]) -> AsyncIterator[Entry]:
+        """A few at a time: all adapters share the journal's thread."""
+        while versions:
+            entries = await self._journal(Journal.entries_of, adapter.row.key, versions, TERMS_AT_ONCE)
+            versions = versions[len(entries) :]
+            for entry in entries:
+                yield entry
+
+    async def _way_to(self, adapter: Adapter, version: int) -> tuple[int, NDArray[np.float32] | None, list[int]]:
+        """A version to start from, its coefficients if they are in a file, and the versions to make from there on."""
         row, key, layout = adapter.row, adapter.row.key, adapter.layout
         held, snapshots = set(adapter.digests), set(await in_thread(self._files.snapshots.versions, key))
         while True:
-            start, entries = await self._journal(Journal.path, key, version, held | snapshots)
+            start, versions = await self._journal(Journal.path, key, version, held | snapshots)
             if start in held or adapter.is_model(start):
-                return start, None, entries
+                return start, None, versions
             if start == 0:
-                return start, await in_thread(self._files.read_import, key, row.imported_digest, layout), entries
+                return start, await in_thread(self._files.read_import, key, row.imported_digest, layout), versions
             flat = await in_thread(self._files.snapshots.read, key, start, layout)
             if flat is not None:
-                return start, flat, entries
+                return start, flat, versions
             snapshots.remove(start)
 
 

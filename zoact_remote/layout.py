@@ -111,8 +111,9 @@ def select_sites(sites: Sequence[Site], patterns: Sequence[str] | None) -> tuple
     """
     if patterns is None:
         return tuple(sites)
+    names = {name for site in sites for name in (site.name, site.name.rpartition(".")[2])}
     for pattern in patterns:
-        if not any(pattern in (site.name, site.name.rpartition(".")[2]) for site in sites):
+        if pattern not in names:
             raise ValueError(f"{pattern!r} names no site of this model")
     wanted = set(patterns)
     return tuple(site for site in sites if wanted & {site.name, site.name.rpartition(".")[2]})

@@ -31,6 +31,8 @@ T = TypeVar("T")
 
 TOKENS_PER_BATCH = 4096
 """Padded tokens that go through the model at once."""
+COLDEST = 1e-5
+"""Below this temperature the likeliest token is taken, as vLLM does: logits over it would overflow."""
 
 
 class TransformersEngine:
@@ -239,7 +241,11 @@ class TransformersEngine:
         if seed is not None:
             torch.manual_seed(seed)
         ids = torch.tensor([tokens], device=self.device)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0}
+            if temperature >= COLDEST
+            else {"do_sample": False}
+        )
         with self._at(point):
             output = self.network.generate(
                 ids,

@@ -281,6 +281,7 @@ def test_generation_follows_the_point_that_it_names(client: Client, reference: R
 
     sampled = [adapter.generate(prompt, max_tokens=12, temperature=1.5, seed=seed).token_ids for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
+    assert adapter.generate(prompt, max_tokens=12, temperature=1e-40).token_ids == newest.token_ids
 
 
 def test_generation_ends_before_a_stop_string(client: Client, reference: Reference) -> None:

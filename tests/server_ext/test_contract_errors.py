@@ -292,6 +292,8 @@ def test_a_callers_request_id_comes_back(server: Server) -> None:
         url, headers = f"{server.url}/zoact/v1/{path}", {"x-request-id": "mine-1"}
         response = requests.get(url, headers=headers, timeout=TIMEOUT)
         assert (response.status_code, response.headers["x-request-id"]) == (status, "mine-1")
+    cut = requests.get(f"{server.url}/zoact/v1/info", headers={"x-request-id": "m" * 127 + " ine"}, timeout=TIMEOUT)
+    assert cut.headers["x-request-id"] == "m" * 127
     ids = {requests.get(f"{server.url}/zoact/v1/info", timeout=TIMEOUT).headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -176,3 +179,20 @@ def test_an_export_is_sent_back_as_it_is(client: Client, server: Server) -> None
     made.update(Update(0, ((1, 0.1),)))
     assert not made.audit().failures
     assert np.abs(made.audit().coefficients).max() > 0
+
+
+def test_an_upload_that_breaks_off_is_no_failure_of_the_servers(server: Server) -> None:
+    def counted() -> dict[str, float]:
+        lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+        ours = [line for line in lines if line.startswith("zoact_calls_total{") and "/import" in line]
+        return {status: sum(float(line.split()[-1]) for line in ours if status in line) for status in ("4xx", "5xx")}
+
+    before = counted()
+    url = urlsplit(server.url)
+    head = "POST /zoact/v1/adapters/acme/broken/import HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-tar\r\n"
+    with socket.create_connection((url.hostname or "", url.port or 0), timeout=60) as connection:
+        connection.sendall(f"{head}Content-Length: 100000\r\n\r\n".encode() + bytes(1000))
+    deadline = time.monotonic() + 60
+    while counted() == before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert counted() == {"4xx": before["4xx"] + 1, "5xx": before["5xx"]}

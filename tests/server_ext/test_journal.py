@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import sqlite3
 import tempfile
@@ -15,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server_ext.journal import AdapterRow, Entry, Journal
+from server_ext.journal import LONGEST_ROLLBACK, AdapterRow, Entry, Journal
 from server_ext.schemas import BasisInfo
 from tests.strategies import updates
 from zoact_remote import Update
@@ -121,14 +123,16 @@ class JournalMachine(RuleBasedStateMachine):
         made: list[tuple[int, ...]] = [()]
         for number, change, _, _ in history:
             made.append(made[change.to_version] if isinstance(change, Rollback) else (*made[number - 1], number))
-        start, entries = self.journal.path(key, version, known)
+        start, versions = self.journal.path(key, version, known)
         assert start == 0 or start in known
         state = made[start]
+        entries = self.journal.entries_of(key, versions, math.inf)
+        assert [entry.version for entry in entries] == versions
         for entry in entries:
             assert entry.version not in known
             state = state if isinstance(entry.change, Rollback) else (*state, entry.version)
         assert state == made[version]
-        assert (entries[-1].version if entries else start) == version
+        assert (versions[-1] if versions else start) == version
 
     @rule(key=keys, idempotency=st.sampled_from("xyz"))
     def find(self, key: str, idempotency: str) -> None:
@@ -214,6 +218,32 @@ def test_a_part_of_a_history_is_bounded_by_its_terms(path: Path) -> None:
     assert [entry.version for entry in journal.entries("a", terms=5)] == [1, 2]
     assert [entry.version for entry in journal.entries("a", after=2, terms=1)] == [3], "one at least"
     assert len(journal.entries("a", terms=100)) == 4
+    assert [entry.version for entry in journal.entries_of("a", [1, 3, 4], terms=5)] == [1, 3]
+    assert [entry.version for entry in journal.entries_of("a", [4], terms=1)] == [4], "one at least"
+
+
+def test_a_rollback_is_found_among_long_updates(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    long = tuple((2**64 - 1 - seed, -1.2345678901234567e-30) for seed in range(500))
+    for version in range(3):
+        journal.append("a", Update(version, long), BEFORE)
+    journal.append("a", Rollback(3, 1, key="k" * 64), BEFORE)
+    journal.append("a", Update(4, long), BEFORE)
+    assert journal.path("a", 5, []) == (0, [1, 5])
+    assert journal.path("a", 4, [1]) == (1, [4])
+    longest = json.dumps(Rollback(2**63 - 1, 2**63 - 1).to_json())
+    assert len(longest) < LONGEST_ROLLBACK
+
+
+def test_a_change_that_is_taken_back_leaves_nothing(path: Path) -> None:
+    journal = Journal(path)
+    journal.add_adapter(adapter_row("a"))
+    journal.append("a", Update(0, ((1, 0.5),)), BEFORE)
+    journal.append("a", Update(1, ((2, 0.5),), key="k"), BEFORE)
+    journal.retract("a", 2)
+    assert (journal.newest("a"), journal.find("a", "k")) == (1, None)
+    assert journal.append("a", Update(1, ((3, 0.5),), key="k"), BEFORE) == 2
 
 
 def test_a_refused_update_leaves_no_transaction_open(path: Path) -> None:

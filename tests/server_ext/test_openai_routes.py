@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from argparse import Namespace
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
@@ -219,6 +220,32 @@ def test_nobody_speaks_to_the_workers_in_the_engines_name(house: House, name: st
             assert answer.status_code == 400
             error = answer.json()["error"]
             assert (error["type"], error["param"]) == ("invalid_request_error", f"vllm_xargs.{name}")
+
+
+def test_a_refusal_can_quote_half_a_character(house: House) -> None:
+    async def ask() -> httpx.Response:
+        async with house.client("acme") as client:
+            body = json.dumps({"model": "base/model", "vllm_xargs": {"zoact_\ud800": 1}})
+            return await client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+
+    answer = house.run(ask())
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "vllm_xargs.zoact_\\ud800")
+
+
+def test_no_websocket_gets_where_texts_are_asked_for(house: House) -> None:
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"authorization", f"Bearer {house.keys['acme']}".encode())]
+    where = {"path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "", "query_string": b""}
+    scope = {"type": "websocket", **where, "headers": headers, "extensions": {"websocket.http.response": {}}}
+    house.run(house.app(scope, receive, send))
+    assert (sent[0]["type"], sent[0]["status"]) == ("websocket.http.response.start", 404)
 
 
 @given(JSON | st.dictionaries(st.text().filter(lambda name: not name.startswith("zoact_")), JSON))

@@ -463,6 +463,12 @@ def test_what_the_device_has_no_room_for_is_refused_and_the_rest_serves(
     assert len(list((stage.directory / "bases").iterdir())) == 1
     newest = stage.change("acme/a", Update(OLD_VERSIONS_KEPT + 2, ((1, 0.5),)))[0]
     monkeypatch.setattr(Room, "free", lambda room: 0)
+    late = Update(newest, ((2, 0.5),), key="late")
+    for _ in range(2):
+        with pytest.raises(ApiError) as refused:
+            stage.change("acme/a", late)
+        assert (refused.value.status, refused.value.code) == (507, "no_room")
+        assert stage.registry.adapter("acme/a").info().version == newest
     with pytest.raises(ApiError) as refused:
         stage.read("acme/a", 1)
     assert (refused.value.status, refused.value.code) == (507, "no_room")
@@ -470,6 +476,8 @@ def test_what_the_device_has_no_room_for_is_refused_and_the_rest_serves(
     assert stage.registry.adapter("acme/a").info().state == "ready"
     monkeypatch.undo()
     assert stage.read("acme/a", 1).any()
+    version, _, applied = stage.change("acme/a", late)
+    assert (version, applied) == (newest + 1, True)
     stage.bring("acme/b")
 
 

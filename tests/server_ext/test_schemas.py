@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from server_ext.schemas import AskLosses
+from server_ext.schemas import MOST_ITEMS, AskLosses, AskScores, Calibrate, CreateAdapter, Message
 
 MANY = 2000
 ROW = {"prompt": "a", "completion": "b"}
-PROBED = {"probes": [{"seed": 1, "epsilon": 0.5}], "rows": [ROW]}
+PROBED: dict[str, Any] = {"probes": [{"seed": 1, "epsilon": 0.5}], "rows": [ROW]}
 
 
 @pytest.mark.parametrize(
@@ -33,3 +33,20 @@ def test_a_body_of_mistakes_is_not_described_in_full(changes: dict[str, Any]) ->
     with pytest.raises(ValidationError) as caught:
         AskLosses.model_validate(PROBED | changes)
     assert len(caught.value.errors()) < 5
+
+
+@pytest.mark.parametrize(
+    ("call", "body", "field"),
+    [
+        (AskLosses, PROBED | {"probes": PROBED["probes"] * (MOST_ITEMS + 1)}, "probes"),
+        (AskLosses, PROBED | {"rows": [ROW] * (MOST_ITEMS + 1)}, "rows"),
+        (AskScores, {"rows": [ROW] * (MOST_ITEMS + 1)}, "rows"),
+        (Calibrate, {"rows": [ROW] * (MOST_ITEMS + 1)}, "rows"),
+        (CreateAdapter, {"name": "acme/a", "sites": ["q_proj"] * (MOST_ITEMS + 1)}, "sites"),
+    ],
+)
+def test_lists_have_an_end(call: type[Message], body: dict[str, Any], field: str) -> None:
+    with pytest.raises(ValidationError) as wrong:
+        call.model_validate(body)
+    (error,) = wrong.value.errors(include_input=False)
+    assert (error["type"], error["loc"]) == ("too_long", (field,))
