@@ -52,6 +52,8 @@ class Generator(Scorer, Protocol):
 class Evaluation:
     """Figures of a version over an evaluation set; None where one does not fit the rows, or was not asked for.
 
+    Those of choices are nan where any choice's score is, as a model's that has diverged.
+
     Attributes:
         version: the version evaluated.
         loss: mean of the rows' losses, in nats.
