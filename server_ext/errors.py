@@ -63,3 +63,8 @@ def storage_failed(error: Exception) -> ApiError:
     log.error("disk failed", error=str(error))
     message = "the server could not use its disk; nothing changed"
     return ApiError(503, "storage_failed", message, retry_after=STORAGE_RETRY_S)
+
+
+def no_room(error: Exception) -> ApiError:
+    """A 507 for an engine that has no memory left; the error says how much there is, and what is wanted."""
+    return ApiError(507, "no_room", str(error))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -216,13 +216,7 @@ class Journal:
             "WHERE adapter = ? AND version > ? AND version <= ? ORDER BY version LIMIT ?"
         )
         bounds = (adapter, after, 2**62 if until is None else until, limit)
-        found: list[Entry] = []
-        for row in self._db.execute(query, bounds):
-            found.append(_entry(*row))
-            terms -= _terms_in(found[-1].change)
-            if terms <= 0:
-                break
-        return found
+        return _first((_entry(*row) for row in self._db.execute(query, bounds)), terms)
 
     def find(self, adapter: str, idempotency_key: str) -> Entry | None:
         """The entry that was written under a key."""
@@ -232,13 +226,7 @@ class Journal:
 
     def entries_of(self, adapter: str, versions: Sequence[int], terms: float) -> list[Entry]:
         """Entries of the first of some versions: one at least, and none after so many terms."""
-        found: list[Entry] = []
-        for version in versions:
-            found += self.entries(adapter, version - 1, version)
-            terms -= _terms_in(found[-1].change)
-            if terms <= 0:
-                break
-        return found
+        return _first((entry for version in versions for entry in self.entries(adapter, version - 1, version)), terms)
 
     def path(self, adapter: str, version: int, known: Collection[int]) -> tuple[int, list[int]]:
         """How to come by a version from known ones.
@@ -266,6 +254,17 @@ class Journal:
             # Those after a rollback start from what it brought back.
             version = version - 1 if back_to is None else back_to
         return version, versions[::-1]
+
+
+def _first(entries: Iterable[Entry], terms: float) -> list[Entry]:
+    """Entries up to the one with which they have so many terms."""
+    found: list[Entry] = []
+    for entry in entries:
+        found.append(entry)
+        terms -= _terms_in(entry.change)
+        if terms <= 0:
+            break
+    return found
 
 
 def _terms_in(change: Change) -> int:

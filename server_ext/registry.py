@@ -17,7 +17,7 @@ from server_ext.adapters import Adapter
 from server_ext.coefficients import LARGEST_COEFFICIENT, largest_step
 from server_ext.disk import JournalThread, in_thread
 from server_ext.engines.base import Engine
-from server_ext.errors import ApiError, invalid
+from server_ext.errors import ApiError, invalid, no_room
 from server_ext.journal import TERMS_AT_ONCE, AdapterRow, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
@@ -224,7 +224,7 @@ class Registry:
             raise  # It did not reach the disk.
         except NoRoom as error:
             await self._take_back(adapter, version)
-            raise ApiError(507, "no_room", str(error)) from error
+            raise no_room(error) from error
         except BaseException as error:
             # The change stands in the journal, or may do so: it happened, whatever the engine made of it.
             adapter.failure = error

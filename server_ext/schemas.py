@@ -135,6 +135,7 @@ Row = Annotated[
     | Annotated[ChatRow, Tag("ChatRow")],
     Discriminator(_row_kind),
 ]
+Rows = Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
 
 
 class BasisOptions(Message):
@@ -289,7 +290,7 @@ class AskLosses(Message):
     )
     base: bool = Field(False, description="Also answer with the unperturbed loss.")
     probes: Annotated[list[Probe], Field(fail_fast=True, validate_default=True, max_length=MOST_ITEMS)] = []
-    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
+    rows: Rows
     update: Update | None = Field(None, description="Applied first, so that a training step is one round trip.")
 
     @field_validator("probes")
@@ -333,7 +334,7 @@ class SignedProbe(Message):
 class AskScores(Message):
     version: Version | None = None
     probe: SignedProbe | None = None
-    rows: Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MOST_ITEMS)]
+    rows: Rows
 
 
 class RowScores(Message):

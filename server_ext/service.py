@@ -404,7 +404,7 @@ def _parts(asked: Sequence[schemas.Probe], rows: int) -> list[tuple[Probe, range
         try:
             found.append((probe, probe.rows_of(rows)))
         except InvalidValue as error:
-            raise invalid(f"probes[{i}].part", str(error).removeprefix("part: ")) from None
+            raise invalid(f"probes[{i}].part", error.message) from None
     return found
 
 

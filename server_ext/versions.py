@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from server_ext.adapters import Adapter
 from server_ext.disk import JournalThread, in_thread
 from server_ext.engines.base import Engine
-from server_ext.errors import ApiError
+from server_ext.errors import ApiError, no_room
 from server_ext.journal import TERMS_AT_ONCE, Entry, Journal
 from server_ext.logs import log
 from server_ext.metrics import Metrics
@@ -123,4 +123,4 @@ def _refused_without_room() -> Iterator[None]:
     try:
         yield
     except NoRoom as error:
-        raise ApiError(507, "no_room", str(error)) from error
+        raise no_room(error) from error

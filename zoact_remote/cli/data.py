@@ -171,7 +171,7 @@ def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | i
     from zoact_remote.tasks.records import RecordError
     from zoact_remote.tasks.templates import lookup, text_of
 
-    found = set()
+    found: set[Any] = set()
     for record in records:
         with suppress(RecordError):
             if isinstance(label := lookup(record, field), (str, int)):
@@ -188,7 +188,7 @@ def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | i
             f"{field!r} has {len(found)} values, too many for labels; to complete text, give --completion"
         )
     # A word is a template, and braces in a label are none of its.
-    return {label: f" {label.replace('{', '{{').replace('}', '}}')}" for label in sorted(map(text_of, found))}
+    return {label: f" {label.replace('{', '{{').replace('}', '}}')}" for label in sorted(found)}
 
 
 def _unescape(text: str) -> str:
