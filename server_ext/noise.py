@@ -85,14 +85,18 @@ class Noise:
             squared: ``Z(seed)^2`` instead, element by element.
 
         """
-        if has_kernels(self.device) and not (squared and self.distribution == "rademacher"):
+        if squared and self.distribution == "rademacher":  # the squares of signs are all 1
+            for _, scalar in terms:
+                flat += float32(scalar)
+        elif has_kernels(self.device):
             from server_ext.gpu.updates import add_terms
 
             add_terms(flat, self.distribution, self.counter[0], self.counter[2], terms, squared)
-            close_gaps(flat, self.layout)
+        else:
+            for seed, scalar in terms:
+                flat += self.draw(seed).square_().mul_(float32(scalar)) if squared else self.draw(seed, scalar)
             return
-        for seed, scalar in terms:
-            flat += self.draw(seed).square_().mul_(float32(scalar)) if squared else self.draw(seed, scalar)
+        close_gaps(flat, self.layout)
 
     def _words(self, seed: int) -> torch.Tensor:
         """Philox's output: int32 ``[blocks, 4]``."""
