@@ -84,7 +84,22 @@ JOBS = [
     Job(
         "tests", 5, [sys.executable, "-m", "pytest", "-v", "--durations=20", str(ROOT / "tests/server_ext/gpu")], gpus=2
     ),
-    Job("training-step", 6, script("gpu/training_step.py", "--eager", "--steps", "5")),
+    Job(
+        "training-step",
+        7,
+        script(
+            "gpu/training_step.py",
+            "--eager",
+            "--methods",
+            "ours",
+            "ours-fp8",
+            "in-place",
+            "mezo",
+            "--tenants",
+            "1",
+            "16",
+        ),
+    ),
     serving("0.05"),
     serving("0.0625"),
     Job("throughput", 8, script("gpu/throughput.py", "--kinds", "base", "ours", "stock")),
