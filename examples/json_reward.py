@@ -69,6 +69,7 @@ with Client() as client:
         training,
         steps=STEPS,
         batch_size=8,
+        seed=adapter.version,
         callbacks=[lambda run, record: print(f"step {record.step}: mean reward {-record.loss:.3f}", flush=True)],
     ).run()
     show(f"version {adapter.version}")

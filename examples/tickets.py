@@ -15,6 +15,6 @@ with Client() as client:  # at $ZOACT_URL, else http://127.0.0.1:8000
     adapter = client.create_adapter("acme/tickets", basis=Basis(positions="prompt"), exist_ok=True)
     adapter.calibrate(training[:64], exist_ok=True)
     print(f"version {adapter.version}:", evaluate(adapter, held_out).accuracy)
-    Trainer(adapter, TwoPoint(), Adam(), linear(3e-3, steps=200), training, steps=200).run()
+    Trainer(adapter, TwoPoint(), Adam(), linear(3e-3, steps=200), training, steps=200, seed=adapter.version).run()
     print(f"version {adapter.version}:", evaluate(adapter, held_out).accuracy)
     adapter.export("tickets-adapter")  # a PEFT directory

@@ -85,7 +85,9 @@ class Trainer:
         rows: training rows, at least one. Every epoch takes them in a new order; batches run on across epochs.
         batch_size: rows a step.
         steps: of the whole run.
-        seed: of the data's order and the probes; at least 0.
+        seed: of the data's order and the probes; at least 0. A run that trains an adapter further needs one of its own:
+            with the same, it meets every batch with the same probes, and their noise adds up. ``adapter.version`` will
+            do.
         eval_rows: evaluated before the first step, every ``eval_every`` steps and at the end.
         eval_every: None for only the first and last.
         evaluator: evaluates a version, in the place of ``eval_rows``: with

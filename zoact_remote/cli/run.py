@@ -164,7 +164,8 @@ def _train(
             rows,
             steps=settings.steps,
             batch_size=settings.batch_size,
-            seed=settings.seed,
+            # One run after another on an adapter: with the same probes on the same batches their noise would add up.
+            seed=settings.seed + files.start_version,
             eval_every=settings.eval_every,
             evaluator=(
                 (lambda version: evaluate_examples(watched, task, held_out, version=version)) if held_out else None

@@ -101,7 +101,9 @@ class TrainingSettings:
     guard: bool = setting(
         True, "method", "Return to the best version at half the rate when training losses show that a run diverges."
     )
-    seed: int = setting(0, "method", "Of the data's order and the probes.", least=0)
+    seed: int = setting(
+        0, "method", "Of the data's order and the probes; the version that the run starts from is added.", least=0
+    )
 
     eval_every: int | None = setting(
         None, "evaluation", "Steps between evaluations; only the first and last if not given.", key="every", least=1

@@ -163,6 +163,10 @@ def test_an_adapter_is_not_trained_twice_by_accident(data: str, name: str, clien
     assert made["results"]["before_this_run"] == figures(client.adapter(name), ROWS, version=2)
     (listed,) = run_json("runs")["runs"]
     assert listed["before"] == made["results"]["before_this_run"]["accuracy"]
+    # Adam's terms name the probes of all steps of a run.
+    last = {entry.version: {seed for seed, _ in entry.update.terms} for entry in client.adapter(name).journal()}
+    assert last[2]
+    assert not last[2] & last[4]
 
 
 def test_a_run_that_fails_leaves_its_curves(
