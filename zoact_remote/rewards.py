@@ -69,7 +69,8 @@ def valid_json(schema: Mapping[str, Any] | None = None, *, graded: bool = True) 
             found = violations(json.loads(text, parse_constant=_refuse))
         except json.JSONDecodeError as error:
             return 0.5 * error.pos / len(text) if graded and text else 0.0
-        except (ValueError, RecursionError):  # NaN, a number of too many digits, brackets beyond all bounds
+        # NaN, a number of too many digits or too large for the schema's arithmetic, brackets beyond all bounds
+        except (ValueError, ArithmeticError, RecursionError):
             return 0.0
         return 0.5 + 0.5 / (1 + found) if graded else float(not found)
 

@@ -2,6 +2,7 @@
 
 The code runs in a process of its own, with limits on its time and memory and on the size of the files that it writes.
 That guards against accidents and is NO SANDBOX: it runs as the user who trains, with that user's files and network.
+Nor does it keep out code that is made to look as if it passed: what runs the tests lies open to it, in its own process.
 Where a model may write harm, train inside a container or a virtual machine that holds nothing of worth.
 """
 
@@ -26,7 +27,8 @@ FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 """Code in Markdown; the end may be missing where a text was cut off."""
 LARGEST_FILE_BYTES = 1 << 20
 
-# A test counts once its line is out, by a word that the code is not told: neither its prints nor its exit can pass one.
+# A test counts once its line is out, by a word that is new each time: what the code happens to print, or its exit, does
+# not pass one. Code that looks for the word finds it. The code is a module by name, since dataclasses look theirs up.
 # Limits are set in here, since Python cannot safely run anything between fork and exec in a process with threads.
 RUNNER = """
 import json, os, resource, sys
@@ -40,7 +42,7 @@ for name, limit in job["limits"].items():
     given = resource.getrlimit(kind)[1]
     limit = limit if given == resource.RLIM_INFINITY else min(limit, given)
     resource.setrlimit(kind, (limit, limit))
-space = {"__name__": "answer"}
+space = sys.modules.setdefault("answer", type(sys)("answer")).__dict__
 exec(compile(job["code"], "answer", "exec"), space)
 for test in job["tests"]:
     try:

@@ -93,6 +93,11 @@ def test_json_by_a_schema(value: Any, worth: float) -> None:
     assert valid_json(SCHEMA, graded=False)({}, text) == float(worth == 1.0)
 
 
+@pytest.mark.parametrize("number", ["1e999", "1" + "0" * 400])
+def test_a_number_beyond_the_schemas_arithmetic(number: str) -> None:
+    assert valid_json({"multipleOf": 0.01})({}, number) == 0.0
+
+
 def test_a_schema_that_is_none() -> None:
     with pytest.raises(InvalidValue, match=r"^schema: 'objekt' is not valid"):
         valid_json({"type": "objekt"})
@@ -105,6 +110,13 @@ def test_a_schema_needs_jsonschema(monkeypatch: pytest.MonkeyPatch) -> None:
         valid_json(SCHEMA)
 
 
+DATACLASS = """from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Doubled:
+    value: int
+def double(x): return Doubled(2 * x).value
+"""
 TESTS = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0) == 1"]
 
 
@@ -115,6 +127,7 @@ TESTS = ["assert double(2) == 4", "assert double('a') == 'aa'", "assert double(0
         ("Here it is:\n```python\ndef double(x):\n    return x + x\n```\nIt doubles.", 2),
         ("```\ndef double(x): return 2 * x", 2),
         ("def double(x):\n    print('x' * 100)\n    return 2 * x if x else 1", 3),
+        (DATACLASS, 2),
         ("def double(x): return x", 0),
         ("def double(x) return x", 0),
         ("def double(x):\n    if x == 'a': raise SystemExit\n    return 2 * x", 1),

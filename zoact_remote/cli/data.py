@@ -34,7 +34,7 @@ def make_task(
     """The task that the options describe, or else the records' fields.
 
     Records of ``messages`` are conversations, and those of ``prompt`` and ``completion``, or of ``prompt``, ``choices``
-    and ``answer``, are these; any other records have a label, which is its own word.
+    and ``answer``, are these, in text or token ids; any other records have a label, which is its own word.
 
     Args:
         records: say what is meant where no option does.
@@ -169,17 +169,19 @@ def _label_word(option: str) -> tuple[str | int, str]:
 def _labels_in(records: Sequence[Mapping[str, Any]], field: str) -> dict[str | int, str]:
     """Each label in the records as its own word, with the space before it that most tokenisers take as its part."""
     from zoact_remote.tasks.records import RecordError
-    from zoact_remote.tasks.templates import lookup, text_of
+    from zoact_remote.tasks.templates import cell, lookup
 
-    found: set[Any] = set()
+    found: dict[Any, str] = {}
     for record in records:
         with suppress(RecordError):
-            if isinstance(label := lookup(record, field), (str, int)):
-                found.add(label)
+            label = lookup(record, field)
+            found[label] = cell(label, field)
     if not found:
-        raise CommandFailed(f"no record has a label in {field!r}: name the field with --label-field, or give --task")
+        raise CommandFailed(
+            f"no record has text or a number in {field!r}: name the label's field with --label-field, or give --task"
+        )
     if not all(isinstance(label, str) for label in found):
-        shown = ", ".join(sorted(map(text_of, found))[:4])
+        shown = ", ".join(sorted(found.values())[:4])
         raise CommandFailed(
             f"the labels {shown} are not words: give each a word, --label '0= terrible' --label '1= great'"
         )

@@ -152,7 +152,10 @@ def _load(data: Path, dataset: str | None) -> tuple[Task, Sequence[Row], Sequenc
             records = subset(records, HUB_RECORDS)
     if task is None:
         other = TEXT_FIELD not in records[0] and OTHER_TEXT_FIELD in records[0]
-        task = make_task(records, text_field=OTHER_TEXT_FIELD if other else None)
+        try:
+            task = make_task(records, text_field=OTHER_TEXT_FIELD if other else None)
+        except CommandFailed as error:
+            raise CommandFailed(f"{error}. The quickstart has no such options: use zoact train") from None
     if task.labels is None:
         raise CommandFailed(f"{dataset or data} has no text and label, which the quickstart shows: use zoact train")
     training, held_out = (records[:cut], records[cut:]) if cut is not None else split(records, HELD_OUT)

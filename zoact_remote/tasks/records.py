@@ -6,10 +6,16 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from zoact_remote.errors import ZoActError
+
+SAVED = ("state.json", "dataset_dict.json")
+"""One of these is in a directory that datasets' save_to_disk wrote."""
+LARGEST_CELL = (1 << 31) - 1
+"""Characters in a cell of CSV; Python's own bound is 131,072."""
 
 
 class RecordError(ZoActError, ValueError):
@@ -34,9 +40,10 @@ def load_records(source: str | os.PathLike[str]) -> list[Record]:
 
     Args:
         source: a file of JSON Lines, CSV, TSV (no quoting) or Parquet, told apart by how its name ends and JSON Lines
-            otherwise; else a data set on the hub, ``NAME[:CONFIG][@SPLIT]``, such as ``super_glue:copa@validation`` or
-            ``ag_news@train[:1000]``, whose split is ``train`` if not given. Parquet needs pyarrow, the hub needs
-            datasets. Where the hub numbers labels and names them, records have the names.
+            otherwise; else a data set on the hub, or a directory that datasets saved or can load,
+            ``NAME[:CONFIG][@SPLIT]``, such as ``super_glue:copa@validation`` or ``ag_news@train[:1000]``, whose split
+            is ``train`` if not given. Parquet needs pyarrow, the hub and directories need datasets. Where a data set
+            numbers labels and names them, records have the names.
 
     Raises:
         RecordError: a record cannot be read, and the message names file and line; or there is none; or a library is
@@ -72,6 +79,10 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
             if not line.strip():
                 continue
             place = f"{path}:{number}"
+            if line.lstrip().startswith("["):
+                raise RecordError(
+                    f"{place}: not a JSON object, but an array; there must be one object a line, as jq -c '.[]' writes"
+                )
             try:
                 record = json.loads(line)
                 if "\\u" in line:  # half a character, which JSON can name and UTF-8 cannot hold
@@ -85,7 +96,7 @@ def _read_jsonl(path: Path) -> Iterator[Record]:
 
 def _read_csv(path: Path) -> Iterator[Record]:
     tabs: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _long_cells():
         reader = csv.reader(file, strict=True, **(tabs if path.suffix.lower() == ".tsv" else {}))
         line = 1
         try:
@@ -103,6 +114,16 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 line = reader.line_num + 1
         except csv.Error as error:
             raise RecordError(f"{path}:{line}: {error}") from None
+
+
+@contextmanager
+def _long_cells() -> Iterator[None]:
+    # The bound is one for all readers of the process.
+    before = csv.field_size_limit(LARGEST_CELL)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:
@@ -124,16 +145,31 @@ def _read_hub(source: str) -> Iterator[Record]:
         import datasets
     except ImportError:
         raise RecordError(f"{source} is not a file; to load it from the hub: pip install 'zoact-remote[hub]'") from None
-    path, _, split = source.partition("@")
-    name, _, config = path.partition(":")
+    name, config, split = _parts(source)
+    saved = config is None and any((Path(name) / file).is_file() for file in SAVED)
     try:
-        found = datasets.load_dataset(name, config or None, split=split or "train")
+        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the library's own, or of what it loads with
-        raise RecordError(f"{source} could not be loaded from the hub: {error}") from error
+        where = "" if Path(name).exists() else " from the hub"
+        raise RecordError(f"{source} could not be loaded{where}: {error}") from error
+    if saved:
+        splits = found if isinstance(found, dict) else {"train": found}
+        if split not in splits:
+            raise RecordError(f"{source}: has no split {split!r}; there is {', '.join(map(repr, splits))}")
+        found = splits[split]
     names = {field: getattr(feature, "names", None) for field, feature in found.features.items()}
     for number, record in enumerate(found, start=1):
         named = {field: _label_name(value, names[field]) for field, value in record.items()}
         yield Record(named, f"{source}:{number}")
+
+
+def _parts(source: str) -> tuple[str, str | None, str]:
+    """Name, configuration and split of a data set. A directory may be named with their marks."""
+    if Path(source).exists():
+        return source, None, "train"
+    path, _, split = source.partition("@")
+    name, _, config = path.partition(":")
+    return name, config or None, split or "train"
 
 
 def _label_name(value: Any, names: list[str] | None) -> Any:
@@ -143,6 +179,7 @@ def _label_name(value: Any, names: list[str] | None) -> Any:
 
 _READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
     ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
     ".csv": _read_csv,
     ".tsv": _read_csv,
     ".parquet": _read_parquet,

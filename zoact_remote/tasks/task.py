@@ -21,27 +21,30 @@ It can be written in Python, or as a TOML file beside the data. A task has one o
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from zoact_remote import toml
 from zoact_remote.errors import InvalidValue
 from zoact_remote.metrics import OF_TEXT
 from zoact_remote.tasks.records import RecordError
 from zoact_remote.tasks.templates import (
-    FIELD,
     Values,
+    cell,
     check,
     has_fields,
+    items_of,
     lookup,
     render,
     render_each,
     shortened,
     text_of,
+    token_ids,
 )
 from zoact_remote.wire import Json
 
+T = TypeVar("T", bound="str | list[int]")
 Metric = Literal["accuracy", "macro_f1", "exact_match", "token_f1", "number_match", "perplexity"]
 Turns = Literal["all", "last"]
 
@@ -62,6 +65,8 @@ METRICS: dict[str, tuple[str, ...]] = {
 }
 """The metrics that fit each kind, the one taken if none is named first."""
 DEFAULTS: dict[str, Any] = {"label_field": "label", "turns": "all", "max_tokens": 64}
+MOST_CUT = 0.1
+"""Share of the answers that the stop may cut short; of GSM8K's it does 6 in 8,792."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Example:
 
     Attributes:
         row: as the wire has it (:mod:`zoact_remote.wire`).
-        references: texts that are right to generate; empty for choices.
+        references: texts that are right to generate; empty for choices and for token ids.
 
     """
 
@@ -83,7 +88,8 @@ class Task:
     r"""A prompt and its answers: ``labels``, ``choices``, a ``completion`` or ``messages``, one of the four.
 
     Templates have a record's fields in braces (:mod:`zoact_remote.tasks.templates`). What a kind of answers has no use
-    for must be left out.
+    for must be left out. Where the templates are ``{prompt}`` and ``{completion}`` or ``{choices}`` alone, records are
+    rows as the wire has them, and may hold lists of token ids in the place of texts.
 
     Attributes:
         template: the prompt, such as ``"{text} It was"``. It should not end in a space: the space belongs to the word
@@ -105,8 +111,8 @@ class Task:
             choices; for text ``perplexity`` (as if None), or ``exact_match``, ``token_f1`` or ``number_match`` of what
             the model generates (:mod:`zoact_remote.metrics`).
         max_tokens: most tokens to generate; 64 if None.
-        stop: generated text ends before it; empty for nowhere. If None, a new line for a completion and nowhere
-            for messages.
+        stop: generated text ends before it, and so must what is right; empty for nowhere. If None, a new line for a
+            completion and nowhere for messages.
 
     Raises:
         InvalidValue: a setting is wrong, missing, or not of this kind.
@@ -180,23 +186,25 @@ class Task:
             RecordError: as :meth:`examples`.
 
         """
-        return [example.row for example in self.examples(records)]
+        return [example.row for _, example in self._placed(records)]
 
     def examples(self, records: Iterable[Mapping[str, Any]]) -> list[Example]:
         """The rows of records, with the texts that would be right.
 
         Raises:
-            RecordError: a field is missing or wrong, or the label is not one of the task's. The message begins with the
-                record's place, its number from 0 where it has none.
+            RecordError: a field is missing or wrong, or the label is not one of the task's; or where generated text is
+                judged, the task's stop would cut more right answers than a few. The message begins with the record's
+                place, its number from 0 where it has none.
 
         """
-        found: list[Example] = []
-        for i, record in enumerate(records):
-            try:
-                found += self._examples(record)
-            except RecordError as error:
-                raise RecordError(f"{getattr(record, 'place', f'record {i}')}: {error}") from None
-        return found
+        found = list(self._placed(records))
+        cut = [place for place, example in found if self._is_cut(example)]
+        if len(cut) > MOST_CUT * len(found):
+            raise RecordError(
+                f"{cut[0]}: generated text ends at the stop {self.stop!r}, before this answer and {len(cut)} of "
+                f"{len(found)} in all are right: give the task another stop, or '' for nowhere"
+            )
+        return [example for _, example in found]
 
     def to_dict(self) -> Json:
         """The task's settings, in plain values; :meth:`from_dict` reads them."""
@@ -235,43 +243,90 @@ class Task:
         except InvalidValue as error:
             raise InvalidValue(f"{os.fspath(path)}: {error.param}", error.message) from None
 
+    def _placed(self, records: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Example]]:
+        """What each record becomes, and the record's place."""
+        for i, record in enumerate(records):
+            place = getattr(record, "place", f"record {i}")
+            try:
+                for example in self._examples(record):
+                    yield place, example
+            except RecordError as error:
+                raise RecordError(f"{place}: {error}") from None
+
+    def _is_cut(self, example: Example) -> bool:
+        """Whether what is learnt would be worth less if it were generated, for ending at the stop."""
+        if self.metric not in OF_TEXT or not self.stop:
+            return False
+        row, worth = example.row, OF_TEXT[self.metric]
+        text = row["completion"] if "completion" in row else row["messages"][-1]["content"]
+        return worth(text.partition(self.stop)[0], example.references) < worth(text, example.references)
+
     def _examples(self, record: Mapping[str, Any]) -> list[Example]:
         if self.messages is not None:
             return self._turns(lookup(record, self.messages))
-        prompt = render(self.template or "", record, self.values)
+        prompt = self._ids(record, "prompt") or render(self.template or "", record, self.values)
         if self.completion is not None:
+            if ids := self._ids(record, "completion"):
+                if self.metric in OF_TEXT:
+                    raise RecordError(f"field 'completion' holds token ids, and {self.metric} compares texts")
+                return [Example({"prompt": prompt, "completion": ids})]
             texts = [_filled(text, "completion") for text in render_each(self.completion, record, self.values)]
             references = tuple(dict.fromkeys(text.strip() for text in texts))
             return [Example({"prompt": prompt, "completion": texts[0]}, references)]
         choices, names = self._choices(record)
-        label = text_of(lookup(record, self.label_field or ""))
+        label = cell(lookup(record, self.label_field or ""), self.label_field or "")
         if label not in names:
             raise RecordError(
                 f"field {self.label_field!r} is {shortened(label)!r}, not one of {', '.join(map(repr, names))}"
             )
         return [Example({"prompt": prompt, "choices": choices, "answer": names[label]})]
 
-    def _choices(self, record: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
+    @property
+    def _as_wire(self) -> bool:
+        """Whether records are rows as the wire has them."""
+        return self.template == "{prompt}" and (self.completion == "{completion}" or self.choices == "{choices}")
+
+    def _ids(self, record: Mapping[str, Any], name: str) -> list[int] | None:
+        """The token ids in a field of a record that is a row already; None for texts."""
+        return token_ids(lookup(record, name), name) if self._as_wire else None
+
+    def _listed(self, record: Mapping[str, Any]) -> Sequence[str | list[int]]:
+        """The choices of a record that holds a list of them."""
+        assert self.choices is not None
+        if not self._as_wire:
+            return render_each(self.choices, record, self.values)
+        choices = lookup(record, "choices")
+        if self._ids(record, "choices"):
+            raise RecordError(f"field 'choices' must hold a text or token ids for each, not {shortened(repr(choices))}")
+        return [
+            token_ids(item, "choices") or render(self.choices, {"choices": item}, self.values)
+            for item in items_of(choices) or [choices]
+        ]
+
+    def _choices(self, record: Mapping[str, Any]) -> tuple[Sequence[str | list[int]], dict[str, int]]:
         """A record's choices, and which of them each label means."""
+        choices: Sequence[str | list[int]]
         if self.labels is not None:
             words = list(dict.fromkeys(self.labels.values()))
             choices = [render(word, record, self.values) for word in words]
             names = {str(label): words.index(word) for label, word in self.labels.items()}
         else:
-            choices = render_each(self.choices or "", record, self.values)
+            choices = self._listed(record)
             labels = self.choice_labels
-            found = lookup(record, labels) if isinstance(labels, str) else labels or range(len(choices))
-            if not isinstance(found, (list, tuple, range)) or len(found) < len(choices):
+            found: Any = lookup(record, labels) if isinstance(labels, str) else labels or [*range(len(choices))]
+            known = items_of(found) or []
+            if len(known) < len(choices):
                 raise RecordError(f"there are {len(choices)} choices, but their labels are {found!r}")
-            names = {text_of(label): i for i, label in enumerate(found[: len(choices)])}
+            names = {text_of(label): i for i, label in enumerate(known[: len(choices)])}
         if len(choices) < 2:
             raise RecordError(f"there must be two choices or more, not {choices}")
         return [_filled(choice, "choice") for choice in choices], names
 
-    def _turns(self, messages: Any) -> list[Example]:
+    def _turns(self, found: Any) -> list[Example]:
         """A conversation up to each of the assistant's turns, or up to the last one."""
-        if not isinstance(messages, list):
-            raise RecordError(f"field {self.messages!r} must hold a list of messages, not {shortened(repr(messages))}")
+        messages = items_of(found)
+        if messages is None:
+            raise RecordError(f"field {self.messages!r} must hold a list of messages, not {shortened(repr(found))}")
         for i, message in enumerate(messages):
             place = f"{self.messages}[{i}]"
             if not isinstance(message, Mapping) or set(message) != {"role", "content"}:
@@ -327,11 +382,11 @@ def _names(choice_labels: Any) -> str | tuple[str, ...]:
 
 
 def _check_field(value: Any, param: str) -> None:
-    if value is not None and not (isinstance(value, str) and FIELD.fullmatch(value)):
-        raise InvalidValue(param, f"must be a field's name, got {value!r}")
+    if value is not None and not (isinstance(value, str) and value and not {"{", "}"} & set(value)):
+        raise InvalidValue(param, f"must be a field's name, without braces, got {value!r}")
 
 
-def _filled(text: str, what: str) -> str:
-    if not text.strip():
+def _filled(text: T, what: str) -> T:
+    if isinstance(text, str) and not text.strip():
         raise RecordError(f"the {what} is empty")
     return text

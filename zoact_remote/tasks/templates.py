@@ -10,9 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
+from numbers import Number
 from string import Formatter
 from typing import Any, TypeAlias
+
+import numpy as np
 
 from zoact_remote.errors import InvalidValue
 from zoact_remote.tasks.records import RecordError
@@ -98,8 +102,8 @@ def render_each(template: str, record: Mapping[str, Any], values: Values) -> lis
 
     """
     fields = _fields(template)
-    items = lookup(record, fields[0]) if len(fields) == 1 else None
-    if not isinstance(items, list):
+    items = items_of(lookup(record, fields[0])) if len(fields) == 1 else None
+    if items is None:
         return [render(template, record, values)]
     if not items:
         raise RecordError(f"field {fields[0]!r} is an empty list")
@@ -124,11 +128,47 @@ def lookup(record: Mapping[str, Any], path: str) -> Any:
     return value
 
 
+def items_of(value: Any) -> list[Any] | None:
+    """The items of a list, a tuple, or an array such as NumPy's and pandas'; None of anything else."""
+    listed = isinstance(value, (list, tuple)) or getattr(value, "ndim", None)
+    return list(value) if listed else None
+
+
+def token_ids(value: Any, field: str) -> list[int] | None:
+    """The token ids that a value is a list of; None for texts.
+
+    Raises:
+        RecordError: it is a list that holds numbers, but not whole ones alone.
+
+    """
+    items = items_of(value) or []
+    if not any(isinstance(item, (Number, np.bool_)) for item in items):
+        return None
+    if not all(isinstance(item, (int, np.integer)) and not isinstance(item, bool) for item in items):
+        raise RecordError(f"field {field!r} must hold text or token ids alone, not {shortened(repr(value))}")
+    return [int(item) for item in items]
+
+
+def cell(value: Any, field: str) -> str:
+    """What a field holds, as text.
+
+    Raises:
+        RecordError: it is neither text nor a number nor a date, or not a number (NaN), which pandas has for nothing.
+
+    """
+    if not isinstance(value, (str, Number, np.bool_, date)):
+        kind = type(value).__name__
+        raise RecordError(f"field {field!r} must hold text or a number, not {shortened(repr(value))} ({kind})")
+    if value != value:
+        raise RecordError(f"field {field!r} is empty (NaN)")
+    return text_of(value)
+
+
 def text_of(value: Any) -> str:
-    """A field's value as text: booleans as JSON has them, whole numbers without a decimal point."""
-    if isinstance(value, bool):
+    """Text, a number or a date as text: booleans as JSON has them, whole numbers without a decimal point."""
+    if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return str(int(value)) if isinstance(value, (float, np.floating)) and value.is_integer() else str(value)
 
 
 def _split(template: str) -> list[tuple[str, str | None, str | None, str | None]]:
@@ -150,9 +190,7 @@ def _fill(template: str, found: Mapping[str, Any], values: Values) -> str:
 
 
 def _word(value: Any, field: str, values: Values) -> str:
-    if isinstance(value, (Mapping, list)) or value is None:
-        raise RecordError(f"field {field!r} must hold text or a number, not {shortened(repr(value))}")
-    text = text_of(value)
+    text = cell(value, field)
     if field not in values:
         return text
     if text not in values[field]:

@@ -30,12 +30,16 @@ def test_tasks_from_options() -> None:
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}, "messages"),
         ({"prompt": "2 + 2 =", "completion": " 4"}, "completion"),
         ({"prompt": "It was", "choices": [" bad", " good"], "answer": 1}, "choices"),
+        ({"prompt": [1, 2], "completion": [3, 4]}, "completion"),
+        ({"prompt": "Hi", "completion": [3, 4]}, "completion"),
+        ({"prompt": [1, 2], "choices": [[3], [4]], "answer": 1}, "choices"),
     ],
 )
 def test_records_that_say_what_they_are(record: dict[str, Any], kind: str) -> None:
     task = make_task([record])
     assert task.kind == kind
     assert task.rows([record]) == [record]
+    assert task_of([], task.to_dict()) == task, "a run that goes on reads its rows likewise"
 
 
 def test_words_for_labels_need_no_template() -> None:
@@ -52,7 +56,7 @@ def test_words_for_labels_need_no_template() -> None:
         ({"task": "rte", "text_field": "body"}, "has no {text} to stand for"),
         ({"labels": ["a"]}, "LABEL=WORD"),
         ({"labels": ["a=b"], "completion": "x"}, "either"),
-        ({"label_field": "none"}, "--label-field"),
+        ({"label_field": "none"}, "no record has text or a number in 'none': .* --label-field"),
         ({}, "not words"),
     ],
 )
@@ -112,6 +116,12 @@ def test_booleans_are_named_as_they_are_to_be_given() -> None:
     with pytest.raises(CommandFailed, match="the labels false, true are not words"):
         make_task(records)
     assert [row["answer"] for row in make_task(records, labels=["false= no", "true= yes"]).rows(records)] == [1, 0]
+
+
+def test_numbers_are_labels_that_need_words() -> None:
+    records = [{"text": "a", "label": 1.0}, {"text": "b", "label": 0.0}, {"text": "c", "label": float("nan")}]
+    with pytest.raises(CommandFailed, match="the labels 0, 1 are not words"):
+        make_task(records)
 
 
 def test_a_share_held_out_is_a_number() -> None:

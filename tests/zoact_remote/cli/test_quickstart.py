@@ -128,5 +128,12 @@ def test_a_data_set_of_the_hub_needs_its_library(monkeypatch: pytest.MonkeyPatch
     assert "pip install 'zoact-remote[hub]'" in run("quickstart", "--dataset", "films", code=1).stderr
 
 
+@pytest.mark.parametrize("records", [[{"text": "a", "label": 0}, {"text": "b", "label": 1}], [{"text": "a"}]])
+def test_quickstart_names_the_command_that_has_the_options(records: list[dict[str, Any]]) -> None:
+    Path("r.jsonl").write_text("\n".join(map(json.dumps, records)))
+    refused = run("quickstart", "--dataset", "r.jsonl", code=1).stderr
+    assert "The quickstart has no such options: use zoact train" in " ".join(refused.split())
+
+
 def test_quickstart_outside_the_repository() -> None:
     assert "give --data or --dataset" in run("quickstart", code=1).stderr

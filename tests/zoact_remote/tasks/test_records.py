@@ -62,7 +62,9 @@ def test_what_csv_writes_is_read(rows: list[tuple[str, str]], tmp_path_factory: 
     ("name", "content", "message"),
     [
         ("r.jsonl", '{"a": 1}\n{', ":2: not JSON"),
-        ("r.jsonl", '{"a": 1}\n\n[1]', ":3: not a JSON object, but list"),
+        ("r.jsonl", '{"a": 1}\n\n3', ":3: not a JSON object, but int"),
+        ("r.jsonl", '{"a": 1}\n\n[1]', ":3: not a JSON object, but an array; there must be one object a line"),
+        ("r.json", '[\n  {"a": 1}\n]', ":1: not a JSON object, but an array; there must be one object a line"),
         ("r.csv", "", ":1: the first line must name the fields"),
         ("r.csv", "a,a\n1,2", ":1: the first line must name the fields, each once; it holds ['a', 'a']"),
         ("r.csv", 'a,b\n"x\ny",2\n1,2,3\n', ":4: has 3 cells, not one for each of 'a', 'b'"),
@@ -89,9 +91,18 @@ def test_a_file_that_is_not_utf_8_is_named(tmp_path: Path) -> None:
         load_records(path)
 
 
-def test_a_missing_file_is_no_data_set() -> None:
+@pytest.mark.parametrize("name", ["none.csv", "none.json"])
+def test_a_missing_file_is_no_data_set(name: str) -> None:
     with pytest.raises(FileNotFoundError):
-        load_records("none.csv")
+        load_records(name)
+
+
+def test_cells_may_be_long(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    for name, comma in (("r.csv", ","), ("r.tsv", "\t")):
+        path = file(tmp_path, name, f"a{comma}b\n{'x' * (before + 1)}{comma}y\n")
+        assert load_records(path) == [{"a": "x" * (before + 1), "b": "y"}]
+    assert csv.field_size_limit() == before, "other readers have their own bound"
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -145,6 +156,33 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         load_records("none")
     with pytest.raises(RecordError, match="directory could not be loaded from the hub: an error of its own"):
         load_records("directory")
+
+
+def test_a_directory_that_datasets_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Found([{"text": "x", "label": 1}])
+    loaded: Any = None
+
+    def load_dataset(name: str, config: str | None, split: str) -> Found:
+        assert (name, config, split) == (str(other), None, "train")
+        return found
+
+    library = SimpleNamespace(load_dataset=load_dataset, load_from_disk=lambda name: loaded)
+    monkeypatch.setitem(sys.modules, "datasets", library)
+    one, several, other = (tmp_path / name for name in ("one@2", "several", "other:v1@2"))
+    for directory, mark in ((one, "state.json"), (several, "dataset_dict.json"), (other, "train.jsonl")):
+        directory.mkdir()
+        (directory / mark).write_text("{}")
+    loaded = found
+    assert load_records(one) == [{"text": "x", "label": "good"}]
+    loaded = {"train": Found([{"text": "y", "label": 0}]), "test": found}
+    assert load_records(several) == [{"text": "y", "label": "bad"}]
+    assert load_records(f"{several}@test") == [{"text": "x", "label": "good"}]
+    with pytest.raises(RecordError, match="several@dev: has no split 'dev'; there is 'train', 'test'"):
+        load_records(f"{several}@dev")
+    assert load_records(other) == [{"text": "x", "label": "good"}]
+    monkeypatch.delattr(library, "load_from_disk")
+    with pytest.raises(RecordError, match="several could not be loaded: "):
+        load_records(several)
 
 
 def test_records_are_plain_data() -> None:

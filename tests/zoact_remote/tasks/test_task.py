@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from zoact_remote import Example, InvalidValue, Record, RecordError, Task
@@ -12,6 +13,8 @@ from zoact_remote.tasks import BUILTIN
 SENTIMENT = Task("{text} It was", {0: " terrible", 1: " great"})
 SPAN = Task("{q}?", completion=" {answers.text}\n", metric="exact_match", max_tokens=8)
 CHAT = Task(messages="turns")
+ROWS = Task("{prompt}", completion="{completion}")
+CHOICE_ROWS = Task("{prompt}", choices="{choices}", label_field="answer")
 OPTIONS = Task("{q}\nAnswer:", choices=" {options}", label_field="answer")
 TURNS = [
     {"role": "system", "content": "Be brief."},
@@ -27,7 +30,7 @@ def row(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("label", [1, "1", 1.0])
+@pytest.mark.parametrize("label", [1, "1", 1.0, np.int64(1), np.float32(1)])
 def test_labels_may_be_numbers_or_text(label: Any) -> None:
     expected = {"prompt": "Fine. It was", "choices": [" terrible", " great"], "answer": 1}
     assert row(SENTIMENT, {"text": "Fine.", "label": label}) == expected
@@ -35,7 +38,12 @@ def test_labels_may_be_numbers_or_text(label: Any) -> None:
 
 def test_labels_may_be_booleans() -> None:
     task = Task("{q}?", {"true": " yes", "false": " no"}, label_field="answer")
-    assert [row(task, {"q": "So", "answer": value})["answer"] for value in (True, False, "true")] == [0, 1, 0]
+    assert [row(task, {"q": "So", "answer": value})["answer"] for value in (True, False, "true", np.False_)] == [
+        0,
+        1,
+        0,
+        1,
+    ]
 
 
 def test_labels_may_share_a_word() -> None:
@@ -53,6 +61,71 @@ def test_words_of_labels_may_hold_fields() -> None:
 def test_choices_from_a_list() -> None:
     record = {"q": "Which", "options": ["a", "b", 3], "answer": 2}
     assert row(OPTIONS, record) == {"prompt": "Which\nAnswer:", "choices": [" a", " b", " 3"], "answer": 2}
+
+
+def test_a_label_may_have_any_field() -> None:
+    task = Task("{text}", {"no": " no", "yes": " yes"}, label_field="is_spam?")
+    assert row(task, {"text": "Hi", "is_spam?": "yes"})["answer"] == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "found"),
+    [
+        (ROWS, {"prompt": [1, 2], "completion": [3, 4]}),
+        (ROWS, {"prompt": "Hi", "completion": [3]}),
+        (ROWS, {"prompt": [1, 2], "completion": " there"}),
+        (CHOICE_ROWS, {"prompt": [1, 2], "choices": [[3], [4, 5]], "answer": 1}),
+        (CHOICE_ROWS, {"prompt": "Hi", "choices": [" a", [4, 5]], "answer": 0}),
+    ],
+)
+def test_rows_may_hold_token_ids(task: Task, found: dict[str, Any]) -> None:
+    assert row(task, found) == found
+    assert row(task, found | {"prompt": np.array([7, 8])}) == found | {"prompt": [7, 8]}
+
+
+def test_text_is_not_compared_with_token_ids() -> None:
+    task = Task("{prompt}", completion="{completion}", metric="exact_match")
+    with pytest.raises(RecordError, match="record 0: field 'completion' holds token ids, and exact_match compares"):
+        task.examples([{"prompt": "Hi", "completion": [3, 4]}])
+    assert ROWS.examples([{"prompt": "Hi", "completion": [3]}]) == [Example({"prompt": "Hi", "completion": [3]})]
+
+
+def test_numbers_are_texts_where_records_are_no_rows() -> None:
+    assert row(Task("{q}", completion="{a}"), {"q": "2 + 2 =", "a": [4, 5]}) == {"prompt": "2 + 2 =", "completion": "4"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "answers", "cut"),
+    [
+        ({"completion": "\n{a}"}, ["Rome"], 1),
+        ({"completion": " {a}"}, ["Rome\nor Paris"], 1),
+        ({"completion": " {a}"}, ["Rome\nor Paris"] * 2 + ["Rome"] * 8, 2),
+        ({"completion": " {a}"}, ["Rome\nor Paris"] + ["Rome"] * 9, 0),
+        ({"completion": " {a}\n"}, ["Rome"], 0),
+        ({"completion": "\n{a}", "stop": ""}, ["Rome"], 0),
+        ({"completion": "\n{a}", "stop": "\n\n"}, ["Rome"], 0),
+        ({"completion": "\n{a}", "metric": "perplexity"}, ["Rome"], 0),
+        ({"completion": " {a}", "metric": "number_match"}, ["none\nat all"], 0),
+        ({"completion": " {a}", "metric": "number_match"}, ["4\nis right"], 0),
+        ({"completion": " {a}", "metric": "token_f1"}, [["Rome\nor Paris", "Rome"]], 0),
+    ],
+)
+def test_a_stop_that_cuts_the_answers(settings: dict[str, Any], answers: list[Any], cut: int) -> None:
+    task = Task(**{"template": "{q}", "metric": "exact_match"} | settings)
+    records = [{"q": "Where", "a": answer} for answer in answers]
+    assert len(task.rows(records)) == len(records), "only what is judged needs to be right"
+    if not cut:
+        assert len(task.examples(records)) == len(records)
+        return
+    with pytest.raises(
+        RecordError, match=rf"record 0: .* stop '\\n', .* {cut} of {len(records)} in all .*another stop"
+    ):
+        task.examples(records)
+
+
+def test_a_stop_that_cuts_a_conversation() -> None:
+    with pytest.raises(RecordError, match=r"record 0: .* stop 's\.', before this answer and 1 of 2 in all"):
+        Task(messages="turns", metric="exact_match", stop="s.").examples([{"turns": TURNS}])
 
 
 @pytest.mark.parametrize("choice_labels", ["options.label", ["A", "B", "C", "D"]])
@@ -73,6 +146,7 @@ def test_completions() -> None:
 def test_every_turn_of_the_assistant_is_a_row() -> None:
     first, last = Example({"messages": TURNS[:3]}, ("4",)), Example({"messages": TURNS}, ("Yes.",))
     assert CHAT.examples([{"turns": TURNS}]) == [first, last]
+    assert CHAT.examples([{"turns": np.array(TURNS)}]) == [first, last]
     assert Task(messages="turns", turns="last").examples([{"turns": TURNS}]) == [last]
     assert CHAT.examples([{"turns": TURNS[:4]}]) == [first]
 
@@ -84,6 +158,14 @@ def test_every_turn_of_the_assistant_is_a_row() -> None:
         (SENTIMENT, {"text": "Fine."}, "field 'label' is missing; there is 'text'"),
         (SENTIMENT, {"text": "Fine.", "label": 2}, "field 'label' is '2', not one of '0', '1'"),
         (SENTIMENT, {"text": "Fine.", "label": None}, "field 'label' is null"),
+        (SENTIMENT, {"text": "Fine.", "label": float("nan")}, "field 'label' is empty (NaN)"),
+        (SENTIMENT, {"text": "Fine.", "label": [1]}, "field 'label' must hold text or a number, not [1] (list)"),
+        (ROWS, {"prompt": [], "completion": "x"}, "field 'prompt' must hold text or a number, not [] (list)"),
+        (ROWS, {"prompt": [1, 2.5], "completion": "x"}, "field 'prompt' must hold text or token ids alone, not [1, 2."),
+        (ROWS, {"prompt": "x", "completion": [3, " a"]}, "field 'completion' must hold text or token ids alone"),
+        (ROWS, {"prompt": "x", "completion": [True]}, "field 'completion' must hold text or token ids alone"),
+        (CHOICE_ROWS, {"prompt": "x", "choices": [3, 4], "answer": 0}, "field 'choices' must hold a text or token ids"),
+        (CHOICE_ROWS, {"prompt": "x", "choices": "ab", "answer": 0}, "there must be two choices or more, not ['ab']"),
         (SPAN, {"q": "x", "answers": {}}, "field 'answers.text' is missing; there is nothing"),
         (SPAN, {"q": "x", "answers": {"text": []}}, "field 'answers.text' is an empty list"),
         (SPAN, {"q": "x", "answers": {"text": ["a", " "]}}, "the completion is empty"),
@@ -136,6 +218,7 @@ def test_choices_need_a_label_each() -> None:
         ({"messages": "{m}"}, "messages", "must be a field's name"),
         ({"messages": "m", "turns": "first"}, "turns", "must be one of all, last"),
         ({"template": "t", "choices": "{o}", "label_field": 3}, "label_field", "must be a field's name"),
+        ({"template": "t", "choices": "{o}", "label_field": ""}, "label_field", "must be a field's name"),
         ({"template": "t", "choices": "{o}", "choice_labels": ["A", "A"]}, "choice_labels", "must differ"),
         ({"template": "t", "choices": "{o}", "choice_labels": 4}, "choice_labels", "must be a list of texts"),
         ({"template": "t", "choices": "{o}", "metric": "macro_f1"}, "metric", "must be one of accuracy here"),

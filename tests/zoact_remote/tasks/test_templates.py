@@ -1,7 +1,11 @@
 """Fields take their places, whatever they hold, and what is missing is named."""
 
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,10 +37,15 @@ def test_forms_and_members(template: str, rendered: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(True, "true"), (4.0, "4"), (0.5, "0.5"), (-3, "-3"), ("4.0", "4.0"), (float("inf"), "inf")]
+    ("value", "text"),
+    [
+        *[(True, "true"), (4.0, "4"), (0.5, "0.5"), (-3, "-3"), ("4.0", "4.0"), (float("inf"), "inf")],
+        *[(np.False_, "false"), (np.float32(4), "4"), (np.float32(0.1), "0.1"), (np.int8(-3), "-3")],
+        *[(np.str_("x"), "x"), (Decimal("1.50"), "1.50"), (date(2024, 1, 2), "2024-01-02")],
+    ],
 )
 def test_values_as_text(value: Any, text: str) -> None:
-    assert text_of(value) == text
+    assert text_of(value) == text == render("{x}", {"x": value}, {})
     assert render("{x}", {"x": value}, {}) == text
 
 
@@ -57,6 +66,31 @@ def test_a_list_makes_a_text_an_item() -> None:
         render_each("{one} {options.text}", record, {})
     with pytest.raises(RecordError, match="'x' is an empty list"):
         render_each("{x}", {"x": []}, {})
+
+
+@pytest.mark.parametrize("made", [tuple, np.array, lambda items: np.array(items, dtype=object)])
+def test_tuples_and_arrays_are_lists(made: Callable[[list[str]], Any]) -> None:
+    assert render_each(" {x}", {"x": made(["a", "b"])}, {}) == [" a", " b"]
+    with pytest.raises(RecordError, match=r"field 'x' must hold text or a number, not .* \((tuple|ndarray)\)"):
+        render("{x}", {"x": made(["a", "b"])}, {})
+    with pytest.raises(RecordError, match="'x' is an empty list"):
+        render_each("{x}", {"x": made([])}, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (float("nan"), r"is empty \(NaN\)"),
+        (np.float32("nan"), r"is empty \(NaN\)"),
+        (b"Caf\xc3\xa9", r"must hold text or a number, not b'Caf.*' \(bytes\)"),
+        ({"a"}, r"must hold text or a number, not {'a'} \(set\)"),
+        (np.datetime64("2024-01-02", "ns"), r"must hold text or a number, not .* \(datetime64\)"),
+    ],
+)
+def test_what_is_neither_text_nor_a_number(value: Any, message: str) -> None:
+    for listed in (value, [value], (value,)):
+        with pytest.raises(RecordError, match=f"field 'x' {message}"):
+            render_each("{x}", {"x": listed}, {})
 
 
 @pytest.mark.parametrize(
