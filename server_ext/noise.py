@@ -71,6 +71,10 @@ class Noise:
             flat = self._cache.get((self, seed), lambda: self._normals(self._words(seed))) * float32(scale)
         return close_gaps(flat, self.layout)
 
+    def forget(self) -> None:
+        """Lets go of the draws that are kept, none of which will be wanted again."""
+        self._cache.drop(lambda key: isinstance(key, tuple) and key[0] is self)
+
     @property
     def terms_at_once(self) -> int:
         """As many as are added in a fraction of a second."""

@@ -99,8 +99,9 @@ def tokenise(
     ids = encode(value, special) if isinstance(value, str) else value
     if not ids:
         raise invalid(param, "tokenises to nothing; at least one token is needed")
-    if not isinstance(value, str) and not (min(ids) >= 0 and max(ids) < vocabulary):
-        raise invalid(param, f"token ids must lie in 0 to {vocabulary - 1}")
+    # Of a text too: a tokeniser may have tokens that its model has no embeddings for.
+    if not (min(ids) >= 0 and max(ids) < vocabulary):
+        raise invalid(param, f"its token ids must lie in 0 to {vocabulary - 1}, the model's vocabulary")
     return tuple(ids)
 
 

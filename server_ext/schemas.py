@@ -46,7 +46,7 @@ Scalar = Annotated[float, Field(ge=-LARGEST_SCALAR, le=LARGEST_SCALAR, allow_inf
 Weight = Annotated[Scalar, Field(ge=0)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED, strict=True)]
 Epsilon = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Version = Annotated[int, Field(ge=0, strict=True)]
+Version = Annotated[int, Field(ge=0, le=LARGEST_LIMIT, strict=True)]
 Term = tuple[Seed, Scalar]
 IdempotencyKey = Annotated[
     str, Field(min_length=1, max_length=128, description="A change that is sent twice under one key is applied once.")

@@ -162,4 +162,6 @@ class AdapterStore:
 
     def drop(self, key: str) -> None:
         """Forgets an adapter."""
-        self._adapters.pop(key, None)
+        state = self._adapters.pop(key, None)
+        if state is not None:
+            state.noise.forget()

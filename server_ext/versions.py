@@ -81,8 +81,9 @@ class Versions:
         """Has the engine take in a version. To what it goes back to, a rollback adds nothing."""
         update = change if isinstance(change, Update) else None
         keep = adapter.needed()
-        digest = await self._engine.hold(adapter.row.key, version, base, update, keep)
-        adapter.digests = {v: d for v, d in adapter.digests.items() if v in keep} | {version: digest}
+        # Beforehand: an engine that fails may have let go of the others already.
+        adapter.digests = {v: d for v, d in adapter.digests.items() if v in keep}
+        adapter.digests[version] = digest = await self._engine.hold(adapter.row.key, version, base, update, keep)
         return digest
 
     async def note_digest(self, adapter: Adapter, version: int, digest: str) -> None:

@@ -43,6 +43,11 @@ class Cache(Generic[ArrayT]):
             self._held -= self._kept.popitem(last=False)[1].nbytes
         return made
 
+    def drop(self, unwanted: Callable[[Hashable], bool]) -> None:
+        """Lets go of what is kept under such keys."""
+        for key in list(filter(unwanted, self._kept)):
+            self._held -= self._kept.pop(key).nbytes
+
     def clear(self) -> None:
         """Lets go of everything."""
         self._kept.clear()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -31,6 +33,8 @@ T = TypeVar("T")
 
 TOKENS_PER_BATCH = 4096
 """Padded tokens that go through the model at once."""
+SCORED_PER_BATCH = 1024
+"""Positions whose logits are held at once: over a large vocabulary nothing else takes as much memory."""
 COLDEST = 1e-5
 """Below this temperature the likeliest token is taken, as vLLM does: logits over it would overflow."""
 
@@ -61,6 +65,10 @@ class TransformersEngine:
         # Transformers' own annotations do not describe what a loaded model can do.
         network: Any = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         self.network = network.to(self.device).eval().requires_grad_(False)
+        # Where texts end is the checkpoint's to say. Its repetition penalty and the like would make them others than
+        # the model's own, and generate() takes what it is not told from here.
+        advice = self.network.generation_config
+        self.network.generation_config = type(advice)(eos_token_id=advice.eos_token_id)
         longest = int(self.network.config.max_position_embeddings)
         self.model = Model(
             name=model,
@@ -160,12 +168,19 @@ class TransformersEngine:
             for handle in handles:
                 handle.remove()
 
-    def _batches(self, sequences: Sequence[Tokens]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-        """Indices, padded token ids ``[rows, longest]`` and mask of batches of similar length, longest first."""
+    def _batches(
+        self, sequences: Sequence[Tokens], scored: Sequence[int]
+    ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Indices, padded token ids ``[rows, longest]`` and mask of batches of similar length, longest first.
+
+        ``scored`` are positions of each sequence whose logits are wanted.
+        """
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
-            longest = len(sequences[order[0]])
-            batch, order = order[: max(1, TOKENS_PER_BATCH // longest)], order[max(1, TOKENS_PER_BATCH // longest) :]
+            fitting = order[: TOKENS_PER_BATCH // len(sequences[order[0]])]
+            count = bisect_right(list(accumulate(scored[i] for i in fitting)), SCORED_PER_BATCH) or 1
+            batch, order = order[:count], order[count:]
+            longest = len(sequences[batch[0]])
             ids = torch.zeros(len(batch), longest, dtype=torch.long)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(batch):
@@ -176,20 +191,35 @@ class TransformersEngine:
     @torch.inference_mode()
     def _score(self, point: Point | None, contexts: Sequence[Context]) -> list[ContextScore]:
         results: dict[int, ContextScore] = {}
-        head = self.network.get_output_embeddings()
+        counts = [len(context.tokens) - context.start + 1 for context in contexts]
         with self._at(point):
-            for batch, ids, mask in self._batches([context.tokens for context in contexts]):
-                hidden = self.network.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            for batch, ids, mask in self._batches([context.tokens for context in contexts], counts):
+                scored = torch.zeros_like(mask, dtype=torch.bool)
                 for row, i in enumerate(batch):
+                    scored[row, contexts[i].start - 1 : len(contexts[i].tokens)] = True
+                parts = torch.split(self._logits(ids, mask, scored), [counts[i] for i in batch])
+                for i, logits in zip(batch, parts, strict=True):
                     context = contexts[i]
-                    end = len(context.tokens)
-                    logits = head(hidden[row, context.start - 1 : end]).to(torch.float32)
-                    logprobs = logits.log_softmax(-1)
-                    inner = logprobs[range(end - context.start), list(context.tokens[context.start :])]
+                    logprobs = logits.to(torch.float32).log_softmax(-1)
+                    inner = logprobs[range(counts[i] - 1), list(context.tokens[context.start :])]
                     results[i] = ContextScore(
                         tuple(inner.tolist()), tuple(logprobs[-1, list(context.candidates)].tolist())
                     )
         return [results[i] for i in range(len(contexts))]
+
+    def _logits(self, ids: torch.Tensor, mask: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
+        """The model's logits ``[positions, vocabulary]`` where ``scored`` (``[rows, longest]``) says.
+
+        No other position meets the head. What stands behind it in some models, such as a cap or a scale of the logits,
+        is the model's own doing.
+        """
+
+        def select(_: Any, args: Any) -> torch.Tensor:
+            return args[0][scored].unsqueeze(0)
+
+        with self.network.get_output_embeddings().register_forward_pre_hook(select):
+            logits: torch.Tensor = self.network(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return logits.flatten(0, 1)
 
     @torch.inference_mode()
     def _calibrate(
@@ -209,7 +239,7 @@ class TransformersEngine:
                     finder.next_pass()
             handles = [readers[name].register_forward_pre_hook(partial(hook, f)) for name, f in finders.items()]
             try:
-                for batch, ids, mask in self._batches([row.tokens for row in rows]):
+                for batch, ids, mask in self._batches([row.tokens for row in rows], [0] * len(rows)):
                     lengths = torch.tensor([rows[i].prompt for i in batch], device=self.device).unsqueeze(1)
                     position = torch.arange(ids.shape[1], device=self.device).unsqueeze(0)
                     real = mask.bool()
@@ -238,15 +268,18 @@ class TransformersEngine:
             found = text_before(text(ids[0, len(tokens) :].tolist()), stop) is not None
             return torch.tensor([found], device=ids.device)
 
-        if seed is not None:
-            torch.manual_seed(seed)
         ids = torch.tensor([tokens], device=self.device)
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_k": 0}
             if temperature >= COLDEST
             else {"do_sample": False}
         )
-        with self._at(point):
+        # A seed is for this text alone: those without one share the generators that it would set.
+        devices = [] if self.device.type == "cpu" else [self.device]
+        fork = torch.random.fork_rng(devices, enabled=seed is not None, device_type=self.device.type)
+        with self._at(point), fork:
+            if seed is not None:
+                torch.manual_seed(seed)
             output = self.network.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

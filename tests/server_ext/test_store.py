@@ -85,6 +85,20 @@ def test_a_version_that_cannot_be_made_is_not_gone_on_with() -> None:
         state.hold_on()
 
 
+def test_draws_go_with_their_adapter() -> None:
+    layout = Layout((Site(0, "a", "a", 256, 1024),), 4)
+    adapters = AdapterStore(torch.device("cpu"))
+    for key in ("a", "b"):
+        adapters.put(key, layout, "rademacher", {})
+        adapters[key].hold(0, None, Update(0, ((1, 0.5),)), [])
+    kept, left = adapters["a"].noise._cache, weakref.ref(adapters["a"].noise)
+    both = kept._held
+    adapters.drop("a")
+    assert (kept._held, left()) == (both // 2, None)
+    adapters.drop("b")
+    assert not kept._held
+
+
 def test_an_adapter_finds_room_at_the_cost_of_kept_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout((Site(0, "a", "a", 256, 1024),), 4)
     adapters = AdapterStore(torch.device("cpu"))

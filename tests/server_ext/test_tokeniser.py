@@ -96,6 +96,20 @@ def test_prompts(ask: AskGeneration, tokens: tuple[int, ...]) -> None:
     assert asyncio.run(Tokeniser(engine()).prompt("acme", ask)) == tokens
 
 
+@pytest.mark.parametrize(
+    ("ask", "param"),
+    [
+        (AskGeneration(prompt="a\u0100"), "prompt"),
+        (AskGeneration(prompt=[1, 256]), "prompt"),
+        (AskGeneration(messages=[ChatMessage(role="user", content="\u0100")]), "messages"),
+    ],
+)
+def test_prompts_are_of_tokens_that_the_model_has(ask: AskGeneration, param: str) -> None:
+    with pytest.raises(ApiError, match=r"token ids must lie in 0 to 255") as refused:
+        asyncio.run(Tokeniser(engine()).prompt("acme", ask))
+    assert refused.value.param == param
+
+
 def test_what_no_sequence_can_hold_is_not_tokenised() -> None:
     def encode(text: str, special: bool) -> list[int]:
         assert len(text) == 256

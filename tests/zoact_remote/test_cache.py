@@ -16,8 +16,9 @@ from zoact_remote.cache import Cache
     limit=st.integers(0, 40),
     uses=st.lists(st.integers(0, 6), max_size=60),
     sizes=st.lists(st.integers(0, 20), min_size=7, max_size=7),
+    dropped=st.integers(0, 6),
 )
-def test_it_is_a_list_in_order_of_use(limit: int, uses: list[int], sizes: list[int]) -> None:
+def test_it_is_a_list_in_order_of_use(limit: int, uses: list[int], sizes: list[int], dropped: int) -> None:
     cache: Cache[NDArray[np.uint8]] = Cache(limit)
     made: list[int] = []
 
@@ -34,3 +35,6 @@ def test_it_is_a_list_in_order_of_use(limit: int, uses: list[int], sizes: list[i
         kept = [other for other in kept if other != key] + [key]
         while sum(sizes[other] for other in kept) > limit:
             del kept[0]
+        if key == dropped:
+            cache.drop(dropped.__eq__)
+            kept = [other for other in kept if other != dropped]
