@@ -40,8 +40,8 @@ class Adapter:
         reading: lets those in who evaluate versions.
         lock: held by whoever changes the adapter, or what the engine holds of it.
         deleted: set once it is gone, for those who waited for the lock.
-        failure: what left the engine with something else than the journal says; None if nothing did. The next call
-            loads the adapter again.
+        failure: what left the engine with something else than the journal says, in words: an exception would keep what
+            its frames hold. None if nothing did. The next call loads the adapter again.
 
     """
 
@@ -54,7 +54,7 @@ class Adapter:
         self.reading = KeyLimit(VERSIONS_READ_AT_ONCE)
         self.lock = asyncio.Lock()
         self.deleted = False
-        self.failure: BaseException | None = None
+        self.failure: str | None = None
         self._pins: Counter[int] = Counter()
         self._unread = asyncio.Event()
         self._unread.set()

@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response, status
+from starlette.exceptions import HTTPException
 
 from server_ext.engines.base import Engine
-from server_ext.gate import Gate
+from server_ext.errors import ApiError
+from server_ext.gate import DRAIN_S, Gate, error_response, request_id_of
 from server_ext.routes import health, metrics, router
 from server_ext.service import Service
 from server_ext.tenants import Tenants
@@ -40,6 +42,15 @@ def create_app(engine: Engine, directory: Path, tenants: Tenants) -> FastAPI:
     app.include_router(router)
     app.include_router(health)
     app.include_router(metrics)
+
+    @app.exception_handler(HTTPException)
+    async def refuse(request: Request, error: HTTPException) -> Response:
+        """Answers what no route takes; those of ours answer for themselves."""
+        code = "method_not_allowed" if error.status_code == status.HTTP_405_METHOD_NOT_ALLOWED else "not_found"
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        response = error_response(ApiError(error.status_code, code, message), request_id_of(request))
+        response.headers.update(error.headers or {})
+        return response
 
     @app.get("/health")
     async def alive() -> None:
@@ -71,6 +82,8 @@ def serve(model: str, host: str, port: int, directory: Path, dtype: str, tenants
         port=port,
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
+        # Whoever does not go on with a call meanwhile is cut off, and then the gate drains.
+        timeout_graceful_shutdown=int(DRAIN_S),
     )
 
 

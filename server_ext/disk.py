@@ -13,11 +13,16 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Concatenate, ParamSpec, TypeVar
 
-from server_ext.errors import storage_failed
+from server_ext.errors import ApiError, storage_failed
 from server_ext.journal import Journal
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+DOUBTFUL = "a change may stand all the same; it can be sent again, and is made once under the same key"
+"""What comes of a commit that failed: what it wrote may be in the file, and count after a restart."""
+SILENT_S = 60.0
+"""Seconds for which whoever sends a body may send nothing of it."""
 
 
 class JournalThread:
@@ -33,7 +38,7 @@ class JournalThread:
     async def __call__(self, method: Callable[Concatenate[Journal, P], T], *args: P.args, **options: P.kwargs) -> T:
         """What a method of the journal returns. Raises ApiError (503) if the disk failed."""
         call = partial(method, self._journal, *args, **options)
-        with _storage():
+        with _storage(DOUBTFUL):
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
     async def close(self) -> None:
@@ -55,19 +60,32 @@ async def in_thread(function: Callable[P, T], *args: P.args, **options: P.kwargs
 
 @asynccontextmanager
 async def spooled(chunks: AsyncIterable[bytes], directory: Path) -> AsyncIterator[BufferedRandom]:
-    """Bytes in a temporary file of a directory, gone with the context. Raises ApiError (503) if the disk failed."""
+    """Bytes in a temporary file of a directory, gone with the context.
+
+    Raises:
+        ApiError: the disk failed (503), or no more bytes came for ``SILENT_S`` (408).
+
+    """
+    left = aiter(chunks)
     with _storage(), TemporaryFile(dir=directory) as file:
-        async for chunk in chunks:
+        while (chunk := await _next(left)) is not None:
             await asyncio.to_thread(file.write, chunk)
         await asyncio.to_thread(file.flush)
         yield file
 
 
+async def _next(chunks: AsyncIterator[bytes]) -> bytes | None:
+    try:
+        return await asyncio.wait_for(anext(chunks, None), SILENT_S)
+    except asyncio.TimeoutError:
+        raise ApiError(408, "upload_stalled", f"no more of the body came for {SILENT_S:g} s") from None
+
+
 @contextmanager
-def _storage() -> Iterator[None]:
+def _storage(outcome: str = "nothing changed") -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
         raise
     except (sqlite3.OperationalError, OSError) as error:
-        raise storage_failed(error) from error
+        raise storage_failed(error, outcome) from error

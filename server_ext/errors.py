@@ -12,7 +12,7 @@ BATCH_TOO_LARGE = "batch_too_large"
 
 
 class ApiError(Exception):
-    """A call that is refused; nothing has changed.
+    """A call that is refused; nothing has changed, unless its message says otherwise.
 
     Attributes:
         status: HTTP status code.
@@ -58,10 +58,10 @@ def invalid(param: str, message: str, code: str = "invalid_value") -> ApiError:
     return ApiError(400, code, f"{param}: {message}", param)
 
 
-def storage_failed(error: Exception) -> ApiError:
+def storage_failed(error: Exception, outcome: str = "nothing changed") -> ApiError:
     """A 503 for a disk that is full or broken; the log says which."""
     log.error("disk failed", error=str(error))
-    message = "the server could not use its disk; nothing changed"
+    message = f"the server could not use its disk; {outcome}"
     return ApiError(503, "storage_failed", message, retry_after=STORAGE_RETRY_S)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from server_ext.errors import invalid
-from zoact_remote.exports import ABOUT, CONFIG, TENSORS, half_name, tar_of
+from zoact_remote.exports import ABOUT, CONFIG, TENSORS, half_name, write_tar
 from zoact_remote.layout import Layout, Site
 
 
@@ -43,13 +43,14 @@ class Exported:
     flat: NDArray[np.float32]
 
 
-def export_tar(exported: Exported, all_sites: Sequence[Site], dtype: str) -> bytes:
-    """An uncompressed tar archive of ``adapter_config.json``, ``adapter_model.safetensors`` and ``zoact.json``.
+def write_export(exported: Exported, all_sites: Sequence[Site], dtype: str, file: IO[bytes]) -> None:
+    """Writes a tar archive of ``adapter_config.json``, ``adapter_model.safetensors`` and ``zoact.json``, uncompressed.
 
     Args:
         exported: the adapter.
         all_sites: the model's sites.
         dtype: ``float32``, ``float16`` or ``bfloat16``, of the tensors; values are rounded to nearest, ties to even.
+        file: left at its end, with all of it written.
 
     Raises:
         ApiError: a coefficient is too large for the type (400).
@@ -79,7 +80,8 @@ def export_tar(exported: Exported, all_sites: Sequence[Site], dtype: str) -> byt
             }
         ),
     }
-    return tar_of(files)
+    write_tar(files, file)
+    file.flush()
 
 
 def _config(exported: Exported, all_sites: Sequence[Site]) -> dict[str, Any]:

@@ -108,14 +108,22 @@ class Gate:
         """
         self.check_ready()
         self.rate.take(caller.tenant or "", caller.limits.requests_per_minute)
+        whose = calling.set(caller.tenant)
+        try:
+            with self.answering(caller):
+                yield
+        finally:
+            calling.reset(whose)
+
+    @contextmanager
+    def answering(self, caller: Caller) -> Iterator[None]:
+        """A call of a caller under way, in itself or in what is left to send of its answer."""
         who = label_of(caller)
         self._calls[who] += 1
         self._idle.clear()
-        whose = calling.set(caller.tenant)
         try:
             yield
         finally:
-            calling.reset(whose)
             self._calls[who] -= 1
             if not any(self._calls.values()):
                 self._idle.set()

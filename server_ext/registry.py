@@ -24,6 +24,7 @@ from server_ext.metrics import Metrics
 from server_ext.room import NoRoom
 from server_ext.state_files import StateFiles
 from server_ext.store import Point
+from server_ext.together import to_its_end
 from server_ext.versions import Versions
 from zoact_remote.digest import basis_digest
 from zoact_remote.layout import Layout, select_sites
@@ -99,6 +100,11 @@ class Registry:
         except KeyError:
             raise ApiError(404, "adapter_not_found", f"there is no adapter {name!r}", "adapter") from None
 
+    def check_free(self, name: str) -> None:
+        """Raises ApiError (409) for a name that is taken."""
+        if name in self:
+            raise _taken(name)
+
     async def calibrated(self, name: str) -> Adapter:
         """As ``adapter``; raises ApiError too if it has no basis yet (409), or failed and does so again (500)."""
         adapter = self.adapter(name)
@@ -119,12 +125,14 @@ class Registry:
 
     # Changing adapters ------------------------------------------------------------------------------------------------
 
+    @to_its_end
     async def add(self, row: AdapterRow, layout: Layout) -> Adapter:
-        """Adds an adapter. Raises ApiError (409) if its name is taken."""
+        """Adds an adapter. Raises ApiError if its name is taken (409), or the disk failed (503)."""
         adapter = Adapter(row, layout)
         await self._add(adapter)
         return adapter
 
+    @to_its_end
     async def add_imported(
         self, row: AdapterRow, layout: Layout, basis: dict[str, NDArray[np.float32]], flat: NDArray[np.float32]
     ) -> Adapter:
@@ -133,40 +141,51 @@ class Registry:
         Its files are on disk and the engine holds it before the journal says that it is there.
 
         Raises:
-            ApiError: its name is taken (409), the disk failed (503), or the engine has no memory left for it (507);
-                nothing changed.
+            ApiError: its name is taken (409), the disk failed (503), or the engine has no memory left for it (507).
 
         """
         assert row.imported_digest is not None
+        self.check_free(row.name)
         adapter = Adapter(row, layout)
-        async with AsyncExitStack() as undo:
-            undo.push_async_callback(self._forget, adapter)
+        try:
             await in_thread(self._files.write_basis, row.key, basis)
             await in_thread(self._files.write_import, row.key, row.imported_digest, flat)
             await self._versions.load(adapter)
+        except BaseException:
+            await self._forget(adapter)
+            raise
+        try:
             await self._add(adapter)
-            undo.pop_all()
+        except BaseException:
+            # Its row may be in the journal after a restart, which removes the files if it is not.
+            await self._drop_if_unused(adapter)
+            raise
         return adapter
 
     async def _add(self, adapter: Adapter) -> None:
         try:
             await self._journal(Journal.add_adapter, adapter.row)
         except KeyError:
-            raise ApiError(409, "adapter_exists", f"an adapter {adapter.row.name!r} exists already", "name") from None
+            raise _taken(adapter.row.name) from None
         self._adapters[adapter.row.name] = adapter
 
+    @to_its_end
     async def remove(self, adapter: Adapter) -> None:
-        """Removes an adapter and its history."""
+        """Removes an adapter and its history. Raises ApiError (503) if the disk failed."""
         await self._journal(Journal.remove_adapter, adapter.row.key)
         adapter.deleted = True
         del self._adapters[adapter.row.name]
         await self._forget(adapter)
 
     async def _forget(self, adapter: Adapter) -> None:
-        """Removes what there is of an adapter beside the journal."""
-        await self._drop_if_unused(adapter)
-        await in_thread(self._files.remove, adapter.row.key)
+        """Removes what there is of an adapter beside the journal. Files that cannot be removed are so at a start."""
+        try:
+            await self._drop_if_unused(adapter)
+            await in_thread(self._files.remove, adapter.row.key)
+        except Exception:
+            log.warning("adapter not removed altogether", adapter=adapter.row.name, exc_info=True)
 
+    @to_its_end
     async def set_basis(
         self, adapter: Adapter, vectors: dict[str, NDArray[np.float32]], energy: dict[str, float], positions_seen: int
     ) -> str:
@@ -191,7 +210,8 @@ class Registry:
         Raises:
             ApiError: the change is stale (412), uses a key of another one (409), goes back to a version that is not
                 there (404) or is too large (400), the adapter has no basis yet (409) or cannot be brought back after a
-                failure (500), the disk failed (503), or the engine has no memory left (507); nothing changed.
+                failure (500), or the engine has no memory left (507); nothing changed. The disk failed (503); the
+                change may be there after a restart.
 
         """
         await self._mend(adapter)
@@ -221,13 +241,13 @@ class Registry:
             base = change.to_version if isinstance(change, Rollback) else change.base_version
             digest = await self._versions.make(adapter, version, base, change)
         except ApiError:
-            raise  # It did not reach the disk.
+            raise  # The journal does not have it, as long as this process lasts.
         except NoRoom as error:
             await self._take_back(adapter, version)
             raise no_room(error) from error
         except BaseException as error:
             # The change stands in the journal, or may do so: it happened, whatever the engine made of it.
-            adapter.failure = error
+            adapter.failure = repr(error)
             raise
         adapter.version = version
         adapter.largest = largest
@@ -242,7 +262,7 @@ class Registry:
         try:
             await self._journal(Journal.retract, adapter.row.key, version)
         except BaseException as error:
-            adapter.failure = error
+            adapter.failure = repr(error)
             raise
 
     async def _made_before(self, adapter: Adapter, change: Change, path: str) -> schemas.UpdateResult | None:
@@ -275,9 +295,13 @@ class Registry:
     # Versions ---------------------------------------------------------------------------------------------------------
 
     async def entries(self, adapter: Adapter, after: int, limit: int) -> list[Entry]:
-        """An adapter's history behind a version: so many entries, or fewer if they are long."""
+        """An adapter's history behind a version: so many entries, or fewer if they are long.
+
+        Raises ApiError (404) if the adapter was deleted meanwhile.
+        """
         newest, digest = adapter.version, adapter.digest
         entries = await self._journal(Journal.entries, adapter.row.key, after, newest, limit, TERMS_AT_ONCE)
+        self._check_there(adapter)
         # The newest version's digest may be known without having reached the disk.
         return [replace(entry, digest=digest) if entry.version == newest else entry for entry in entries]
 
@@ -326,7 +350,7 @@ class Registry:
     async def _mend(self, adapter: Adapter) -> None:
         """Brings an adapter that is locked back if something has gone wrong with it, as ``_load`` does."""
         if adapter.failure is not None:
-            log.warning("adapter is loaded again", adapter=adapter.row.name, after=repr(adapter.failure))
+            log.warning("adapter is loaded again", adapter=adapter.row.name, after=adapter.failure)
             # Nobody begins to read it before it is mended, and what is read already must not be taken away.
             await adapter.unread()
             await self._load(adapter)
@@ -339,11 +363,11 @@ class Registry:
         try:
             await self._versions.load(adapter)
         except ApiError as error:
-            adapter.failure = error
+            adapter.failure = repr(error)
             log.warning("adapter not loaded", adapter=adapter.row.name, error=error.message)
             raise
         except BaseException as error:
-            adapter.failure = error
+            adapter.failure = repr(error)
             if not isinstance(error, Exception):
                 raise
             log.exception("adapter not loaded", adapter=adapter.row.name)
@@ -392,3 +416,7 @@ class Registry:
                 f"{row.model_digest}, not {self._engine.model.digest}; serve that one, or take another state directory"
             )
         return Layout(select_sites(self._engine.sites, row.sites), row.rank)
+
+
+def _taken(name: str) -> ApiError:
+    return ApiError(409, "adapter_exists", f"an adapter {name!r} exists already", "name")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import IO, Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response, status
+from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.types import Receive, Scope, Send
 
 from server_ext import schemas
 from server_ext.errors import ApiError
@@ -69,6 +73,30 @@ metrics = APIRouter(route_class=PlainRoute, tags=["metrics"])
 ADAPTER = "/adapters/{tenant}/{adapter}"
 TENANT = "/tenants/{tenant}"
 TAR = "application/x-tar"
+CHUNK = 1 << 18
+"""Bytes of an archive that are read at a time."""
+
+
+class ArchiveResponse(StreamingResponse):
+    """An archive as an answer.
+
+    Args:
+        file: the archive, at its end.
+        stack: closed when the answer has ended, however it does.
+
+    """
+
+    media_type = TAR
+
+    def __init__(self, file: IO[bytes], stack: AsyncExitStack) -> None:
+        length = file.tell()
+        file.seek(0)
+        super().__init__(iter(partial(file.read, CHUNK), b""), headers={"content-length": str(length)})
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
 
 
 @router.get("/info")
@@ -150,13 +178,17 @@ async def journal(
 
 @router.get(ADAPTER + "/export", response_class=Response, responses={200: {"content": {TAR: {}}}})
 async def export(
-    service: Zo,
+    gate: Entrance,
+    caller: Who,
     name: Name,
     version: Annotated[int | None, Query(ge=0, le=2**62)] = None,
     dtype: Literal["float32", "float16", "bfloat16"] = "float32",
 ) -> Response:
     """A version as a PEFT directory, in a tar archive."""
-    return Response(await service.export(name, version, dtype), media_type=TAR)
+    stack = AsyncExitStack()
+    file = await stack.enter_async_context(gate.service.export(name, version, dtype))
+    stack.enter_context(gate.answering(caller))
+    return ArchiveResponse(file, stack)
 
 
 @imports.post(

@@ -12,6 +12,9 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryFile
+from typing import IO
+from weakref import WeakValueDictionary
 
 import numpy as np
 from structlog.contextvars import bind_contextvars
@@ -19,10 +22,10 @@ from structlog.contextvars import bind_contextvars
 from server_ext import schemas
 from server_ext.adapters import BYTES_PER_COEFFICIENT, Adapter
 from server_ext.basis import Basis, random_test_matrix
-from server_ext.disk import spooled
+from server_ext.disk import in_thread, spooled
 from server_ext.engines.base import CalibrationRow, Engine, GeneratedText
 from server_ext.errors import BATCH_TOO_LARGE, ApiError, invalid
-from server_ext.export import Exported, export_tar
+from server_ext.export import Exported, write_export
 from server_ext.fairness import FairQueue
 from server_ext.importing import largest_archive, read_lora
 from server_ext.journal import AdapterRow, Entry
@@ -39,6 +42,9 @@ from zoact_remote.errors import InvalidValue
 from zoact_remote.layout import Layout, select_sites
 from zoact_remote.noise import DISTRIBUTIONS, NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Probe, Rollback, Update
+
+EXPORTS_ON_DISK = 4
+"""Of a tenant's; for a further one it waits until somebody has read one."""
 
 
 class Service:
@@ -76,6 +82,10 @@ class Service:
         self._scorer = Scorer(engine, self._turns, self.metrics)
         self._creating = asyncio.Lock()
         self._importing = asyncio.Lock()
+        self._exporting = asyncio.Lock()
+        # By tenant, as long as anybody holds them or waits.
+        self._uploads: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._exports: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
 
     # Adapters ---------------------------------------------------------------------------------------------------------
 
@@ -125,16 +135,19 @@ class Service:
         if re.fullmatch(schemas.TENANT_ADAPTER, name) is None:
             raise invalid("adapter", f"must match {schemas.TENANT_ADAPTER}")
         engine, max_rank = self.engine, self._max_rank(caller.limits)
-        # An archive of any number of callers' waits on disk, and one of them is taken into memory at a time.
-        async with spooled(archive, self._directory) as file, self._importing:
-            found = await asyncio.to_thread(read_lora, file, engine.sites, max_rank, engine.model.digest)
-            digest = await asyncio.to_thread(basis_digest, found.basis)
-            flat_digest = await asyncio.to_thread(coefficients_digest, found.flat, found.layout)
-            basis = schemas.BasisInfo(source="imported", digest=digest)
-            row = self._row(name, found.layout, noise, basis, flat_digest)
-            async with self._creating:
-                self._check_room(caller, found.layout)
-                return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
+        async with self._uploads.setdefault(name.partition("/")[0], asyncio.Lock()):
+            self.registry.check_free(name)
+            self._check_number(caller)
+            # One archive of every tenant's waits on disk, and one of them is taken into memory at a time.
+            async with spooled(archive, self._directory) as file, self._importing:
+                found = await asyncio.to_thread(read_lora, file, engine.sites, max_rank, engine.model.digest)
+                digest = await asyncio.to_thread(basis_digest, found.basis)
+                flat_digest = await asyncio.to_thread(coefficients_digest, found.flat, found.layout)
+                basis = schemas.BasisInfo(source="imported", digest=digest)
+                row = self._row(name, found.layout, noise, basis, flat_digest)
+                async with self._creating:
+                    self._check_room(caller, found.layout)
+                    return (await self.registry.add_imported(row, found.layout, found.basis, found.flat)).info()
 
     def _row(
         self,
@@ -170,12 +183,19 @@ class Service:
         given = limits.max_import_bytes
         return largest_archive(self.engine.sites, self._max_rank(limits)) if given is None else given
 
+    def _owned(self, caller: Caller) -> list[Layout]:
+        return [adapter.layout for adapter in self.registry.all() if caller.owns(adapter.row.name)]
+
+    def _check_number(self, caller: Caller) -> None:
+        """Raises ApiError (403) if a tenant has as many adapters as it may have."""
+        most = caller.limits.max_adapters
+        if most is not None and len(self._owned(caller)) >= most:
+            raise ApiError(403, "limit_exceeded", f"name: max_adapters ({most}) adapters exist", "name")
+
     def _check_room(self, caller: Caller, layout: Layout) -> None:
         """Raises ApiError (403) if another adapter would be more than its tenant may have."""
-        limits = caller.limits
-        owned = [adapter.layout for adapter in self.registry.all() if caller.owns(adapter.row.name)]
-        if limits.max_adapters is not None and len(owned) >= limits.max_adapters:
-            raise ApiError(403, "limit_exceeded", f"name: max_adapters ({limits.max_adapters}) adapters exist", "name")
+        self._check_number(caller)
+        limits, owned = caller.limits, self._owned(caller)
         held = BYTES_PER_COEFFICIENT * sum(each.parameters for each in [*owned, layout])
         if limits.max_coefficient_bytes is not None and held > limits.max_coefficient_bytes:
             raise ApiError(
@@ -325,15 +345,26 @@ class Service:
             updates=[_journal_entry(entry) for entry in entries],
         )
 
-    async def export(self, name: str, version: int | None, dtype: str) -> bytes:
+    @asynccontextmanager
+    async def export(self, name: str, version: int | None, dtype: str) -> AsyncIterator[IO[bytes]]:
+        """A version's archive in a temporary file, at its end; gone with the context."""
         adapter = await self.registry.calibrated(name)
         version = self.registry.existing(adapter, version)
-        async with self.registry.at(adapter, version) as point:
+        places = self._exports.setdefault(adapter.row.tenant, asyncio.Semaphore(EXPORTS_ON_DISK))
+        async with places:
+            with await in_thread(lambda: TemporaryFile(dir=self._directory)) as file:
+                await self._write_export(adapter, version, dtype, file)
+                yield file
+
+    async def _write_export(self, adapter: Adapter, version: int, dtype: str, file: IO[bytes]) -> None:
+        """Writes a version's archive. One is in memory at a time, and only until it is written."""
+        model = self.engine.model
+        async with self.registry.at(adapter, version) as point, self._exporting:
             flat = await self.engine.read(point.key, version)
             basis = await self.registry.basis(adapter)
-        model = self.engine.model
-        exported = Exported(name, version, point.digest, model.name, model.digest, adapter.layout, basis, flat)
-        return await asyncio.to_thread(export_tar, exported, self.engine.sites, dtype)
+            name, layout = adapter.row.name, adapter.layout
+            exported = Exported(name, version, point.digest, model.name, model.digest, layout, basis, flat)
+            await in_thread(write_export, exported, self.engine.sites, dtype, file)
 
     async def _take_basis(self, adapter: Adapter, rows: list[TokenRow]) -> tuple[dict[str, Basis], int]:
         spec, layout = adapter.row.basis, adapter.layout

@@ -1,15 +1,20 @@
-"""Tasks that begin together, and of which none outlives the others, nor whoever waits for them."""
+"""Tasks that begin together, and of which none outlives the others, nor whoever waits for them.
+
+And calls that run to their end, whatever becomes of their callers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Coroutine
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 from server_ext.errors import ApiError
 
 Gone = Callable[[], Coroutine[Any, Any, None]]
 """Returns once whoever made a call has gone; does not return before."""
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -47,9 +52,26 @@ async def unless(gone: Gone | None, work: Coroutine[Any, Any, T]) -> T:
 
 async def end(tasks: Collection[asyncio.Future[Any]]) -> None:
     """Cancels what is not done yet, and waits until it is, even if the caller is cancelled meanwhile."""
-    cancelled: asyncio.CancelledError | None = None
     for task in tasks:
         task.cancel()
+    await _ended(tasks)
+
+
+def to_its_end(function: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A function that, once called, runs to its end. A caller who is cancelled meanwhile is so when it has ended."""
+
+    @wraps(function)
+    async def whole(*args: P.args, **options: P.kwargs) -> T:
+        task = asyncio.ensure_future(function(*args, **options))
+        await _ended([task])
+        return task.result()
+
+    return whole
+
+
+async def _ended(tasks: Collection[asyncio.Future[Any]]) -> None:
+    """Waits until all are done, even if the caller is cancelled meanwhile."""
+    cancelled: asyncio.CancelledError | None = None
     while not all(task.done() for task in tasks):
         try:
             await asyncio.wait(tasks)

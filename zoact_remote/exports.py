@@ -65,12 +65,17 @@ def unpack(archive: IO[bytes], target: Path) -> None:
 def tar_of(files: Mapping[str, bytes]) -> bytes:
     """Files by name in an uncompressed tar archive."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
+    write_tar(files, buffer)
+    return buffer.getvalue()
+
+
+def write_tar(files: Mapping[str, bytes], target: IO[bytes]) -> None:
+    """Write files by name to a target, as an uncompressed tar archive."""
+    with tarfile.open(fileobj=target, mode="w") as tar:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
 
 
 def half_name(layer: str, half: Literal["A", "B"]) -> str:

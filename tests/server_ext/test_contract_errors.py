@@ -316,6 +316,25 @@ def test_coefficients_stay_bounded(client: Client) -> None:
     assert adapter.refresh().version == 6
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status", "code"),
+    [
+        ("GET", "nothing", 404, "not_found"),
+        ("GET", "adapters/acme", 404, "not_found"),
+        ("PUT", "adapters/acme/a", 405, "method_not_allowed"),
+    ],
+)
+def test_what_no_route_takes_is_refused_in_the_same_shape(
+    server_with_key: Server, method: str, path: str, status: int, code: str
+) -> None:
+    """Of the server without vLLM, whose own answers these are otherwise."""
+    answer = requests.request(method, f"{server_with_key.url}/zoact/v1/{path}", timeout=TIMEOUT)
+    error = checked(answer, status)
+    assert error["code"] == code
+    assert f"{method} /zoact/v1/{path}" in error["message"]
+    assert ("allow" in answer.headers) == (status == 405)
+
+
 def test_a_server_with_a_key_wants_it(server_with_key: Server) -> None:
     url = server_with_key.url
     for authorization in (None, "Bearer wrong", f"Bearer {KEY[:-1]}", KEY):

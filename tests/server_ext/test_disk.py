@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server_ext import disk
 from server_ext.disk import spooled
 from server_ext.errors import ApiError
 
@@ -46,3 +47,19 @@ def test_a_full_disk_is_said(tmp_path: Path, length: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (refused.value.status, refused.value.code) == (503, "storage_failed")
+
+
+def test_who_sends_nothing_for_long_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk, "SILENT_S", 0.1)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"a beginning"
+        await asyncio.sleep(30)
+
+    async def spool() -> None:
+        async with spooled(body(), tmp_path):
+            pass
+
+    with pytest.raises(ApiError, match=r"no more of the body came for 0.1 s") as refused:
+        asyncio.run(spool())
+    assert (refused.value.status, refused.value.code) == (408, "upload_stalled")

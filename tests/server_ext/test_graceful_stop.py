@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +15,9 @@ import pytest
 from server_ext.metrics import OPERATOR
 from tests.server_ext.conftest import ENGINES
 from tests.server_ext.support import Figures
-from tests.support import Server, new_adapter
-from zoact_remote import ConnectionFailed, Losses, Probe, Update, UpdateResult, ZoActError
+from tests.support import Process, Server, new_adapter
+from zoact_remote import Client, ConnectionFailed, Losses, Probe, Update, UpdateResult, ZoActError
+from zoact_remote.cli.local_server import free_port
 
 ROWS = [{"prompt": [5 + i] * 200, "completion": [6]} for i in range(32)]
 PROBES = [Probe(seed, 0.01) for seed in range(4)]
@@ -102,3 +104,33 @@ def test_a_server_that_is_asked_to_end(tiny_model: Path, tmp_path: Path, engine:
             assert len({key for key, _ in versions}) == 2
     finally:
         server.kill()
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from server_ext import app
+from server_ext.tenants import Tenants
+
+app.DRAIN_S = 1.0
+model, directory, port = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+app.serve(model, "127.0.0.1", port, directory / "state", "float32", Tenants(directory / "tenants.sqlite"))
+"""
+
+
+def test_a_server_ends_although_a_caller_stalls(tiny_model: Path, tmp_path: Path) -> None:
+    port, log = free_port(), tmp_path / "log"
+    arguments = ["-c", SERVE, str(tiny_model), str(tmp_path), str(port)]
+    process = Process(arguments, port, log, ready="/zoact/v1/health/ready")
+    head = "POST /zoact/v1/adapters/acme/a/import HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    try:
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as stalled, Client(process.url) as client:
+            stalled.sendall(head.encode() + bytes(1000))
+            new_adapter(client).update(Update(0, ((1, 0.1),)))
+            asked = time.monotonic()
+            process.stop()
+            assert time.monotonic() - asked < 20
+    finally:
+        process.kill()
+    assert '"drained"' in log.read_text()
+    assert list((tmp_path / "state").glob("snapshots/*/1.safetensors"))

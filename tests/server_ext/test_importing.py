@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -20,13 +20,13 @@ from safetensors.numpy import load, save
 
 from server_ext.coefficients import LARGEST_COEFFICIENT
 from server_ext.errors import ApiError
-from server_ext.export import Exported, export_tar
+from server_ext.export import Exported, write_export
 from server_ext.importing import LARGEST_JSON, Imported, largest_archive, read_lora
 from server_ext.inputs import make_sites
 from tests.loras import Halves, lora_archive, lora_files, random_halves
 from zoact_remote.digest import coefficients_digest
 from zoact_remote.exports import ABOUT, CONFIG, TENSORS, tar_of
-from zoact_remote.layout import Layout
+from zoact_remote.layout import Layout, Site
 from zoact_remote.tensors import encode
 
 WIDTH, WIDE = 24, 40
@@ -39,6 +39,12 @@ MAX_RANK = 8
 
 def taken(archive: bytes, max_rank: int = MAX_RANK) -> Imported:
     return read_lora(BytesIO(archive), SITES, max_rank, MODEL)
+
+
+def written(exported: Exported, sites: Sequence[Site], dtype: str) -> bytes:
+    file = BytesIO()
+    write_export(exported, sites, dtype, file)
+    return file.getvalue()
 
 
 def served(found: Imported) -> dict[str, NDArray[np.float64]]:
@@ -109,13 +115,13 @@ def test_an_export_comes_back_bit_for_bit(rank: int, patterns: set[str] | None, 
         matrix[0] = -0.0
     digest = coefficients_digest(flat, layout)
     exported = Exported("acme/a", 3, digest, "a model", MODEL, layout, basis, flat)
-    found = taken(export_tar(exported, SITES, "float32"))
+    found = taken(written(exported, SITES, "float32"))
     assert found.layout == layout
     assert found.basis.keys() == basis.keys()
     assert all(found.basis[name].tobytes() == vectors.tobytes() for name, vectors in basis.items())
     assert coefficients_digest(found.flat, layout) == digest
     # One that was rounded is a LoRA like any other.
-    rounded = taken(export_tar(exported, SITES, "bfloat16"))
+    rounded = taken(written(exported, SITES, "bfloat16"))
     assert rounded.layout == layout
     for name, product in served(rounded).items():
         np.testing.assert_allclose(product, served(found)[name], rtol=0, atol=0.2)
@@ -258,11 +264,11 @@ def test_an_export_rounds_to_nearest_even(dtype: str) -> None:
     basis = {SITES[0].input: np.eye(WIDTH, 1, dtype=np.float32)}
     exported = Exported("acme/a", 3, "", "a model", MODEL, layout, basis, flat)
     stored = {"float16": "F16", "bfloat16": "BF16"}[dtype]
-    assert encode(matrix, stored) in export_tar(exported, SITES, dtype)
+    assert encode(matrix, stored) in written(exported, SITES, dtype)
     if dtype == "float16":
         matrix[3] = 65520
         with pytest.raises(ApiError, match=r"dtype: coefficients of .* are too large for float16"):
-            export_tar(exported, SITES, dtype)
+            written(exported, SITES, dtype)
 
 
 @given(chosen=st.sets(st.sampled_from(SITES), min_size=1), rank=st.integers(1, 10), name=st.text(max_size=300))
@@ -272,7 +278,7 @@ def test_no_export_is_longer_than_an_import_may_be(chosen: set[Any], rank: int, 
     basis = {name: np.zeros((width, rank), np.float32) for name, width in layout.inputs.items()}
     exported = Exported("a/b", 1, "sha256:0", name, MODEL, layout, basis, np.zeros(layout.size, np.float32))
     everywhere = [*SITES, *make_sites([("model.layers.9." + layer, 1, 1) for layer in LAYERS])]
-    length = len(export_tar(exported, everywhere, "float32"))
+    length = len(written(exported, everywhere, "float32"))
     room = largest_archive(layout.sites, rank)
     assert length <= room <= length + 4 * LARGEST_JSON
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
+import sqlite3
 import tempfile
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -37,6 +40,7 @@ from server_ext.registry import Registry
 from server_ext.room import Room
 from server_ext.schemas import AskScores, BasisSpec, Calibrate, CompletionRow, CreateAdapter
 from server_ext.service import Service
+from server_ext.state_files import StateFiles
 from server_ext.store import BUFFERS_OF_UPDATE
 from tests.loras import lora_archive, random_halves
 from tests.server_ext.support import OPERATOR
@@ -130,6 +134,11 @@ class Stage:
             yield self._archive(seed)
 
         await self.service.import_adapter(OPERATOR, name, body(), "rademacher")
+
+    async def export_later(self, name: str) -> bytes:
+        async with self.service.export(name, None, "float32") as file:
+            file.seek(0)
+            return file.read()
 
     def _archive(self, seed: int) -> bytes:
         return lora_archive(random_halves(select_sites(self._engine.sites, SITES), 2, seed))
@@ -528,6 +537,153 @@ def test_a_call_that_is_cancelled_in_mid_change_leaves_the_adapter_as_the_journa
     assert stage.change("acme/a", Update(1, ()))[0] == 2
 
 
+@pytest.mark.parametrize("call", ["create", "import", "calibrate", "delete"])
+def test_a_call_that_is_cancelled_in_its_commit_has_done_what_it_says(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    method = {"create": "add_adapter", "import": "add_adapter", "calibrate": "set_basis", "delete": "remove_adapter"}
+    service, ask = stage.service, CreateAdapter(name="acme/a", rank=2, basis=BasisSpec(source="random"))
+    if call == "calibrate":
+        stage.run(service.create(OPERATOR, ask))
+    elif call == "delete":
+        stage.bring("acme/a")
+    begun, end = threading.Event(), threading.Event()
+    commit = getattr(Journal, method[call])
+
+    def wait(*args: Any) -> None:
+        begun.set()
+        assert end.wait(20)
+        commit(*args)
+
+    async def cancel() -> None:
+        calls: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+            "create": lambda: service.create(OPERATOR, ask),
+            "import": lambda: stage.bring_later("acme/a"),
+            "calibrate": lambda: service.calibrate(OPERATOR, "acme/a", Calibrate()),
+            "delete": lambda: service.delete("acme/a"),
+        }
+        calling = asyncio.create_task(calls[call]())
+        assert await asyncio.to_thread(begun.wait, 20)
+        calling.cancel()
+        await asyncio.sleep(0.05)
+        end.set()
+        with pytest.raises(asyncio.CancelledError):
+            await calling
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, method[call], wait)
+        stage.run(cancel())
+    expected = {"create": ["new"], "import": ["ready"], "calibrate": ["ready"], "delete": []}[call]
+    for _ in range(2):
+        assert [adapter.info().state for adapter in stage.registry.all()] == expected
+        if expected == ["ready"]:
+            stage.read("acme/a", 0)
+        stage.stop()
+        stage.start()
+
+
+@pytest.mark.parametrize("stands", [False, True])
+def test_a_commit_that_fails_may_yet_stand(stage: Stage, monkeypatch: pytest.MonkeyPatch, stands: bool) -> None:
+    """Where what was written is in the file although the disk says that it failed, it counts once the server died."""
+    stage.bring("acme/a")
+    first, second = Update(0, ((1, 0.5),), key="first"), Update(1, ((2, 0.5),), key="second")
+    stage.change("acme/a", first)
+
+    def fail(method: str) -> None:
+        stock = getattr(Journal, method)
+
+        def failing(*args: Any) -> None:
+            if stands:
+                stock(*args)
+            raise sqlite3.OperationalError("disk I/O error")
+
+        monkeypatch.setattr(Journal, method, failing)
+
+    for method, call in (
+        ("append", lambda: stage.change("acme/a", second)),
+        ("add_adapter", lambda: stage.bring("acme/b", 1)),
+    ):
+        fail(method)
+        with pytest.raises(ApiError, match=r"a change may stand all the same; it can be sent again") as failed:
+            call()
+        assert (failed.value.status, failed.value.code) == (503, "storage_failed")
+    assert [(a.row.name, a.version, a.info().state) for a in stage.registry.all()] == [("acme/a", 1, "ready")]
+    monkeypatch.undo()
+    stage.kill()
+    stage.start()
+    found = [(a.row.name, a.version, a.info().state) for a in stage.registry.all()]
+    assert found == ([("acme/a", 2, "ready"), ("acme/b", 0, "ready")] if stands else [("acme/a", 1, "ready")])
+    assert len(list((stage.directory / "imports").iterdir())) == len(found)
+    version, _, applied = stage.change("acme/a", second)
+    assert (version, applied) == (2, not stands)
+
+
+@pytest.mark.parametrize("fails", ["files", "engine"])
+def test_a_deleted_adapter_is_gone_whatever_is_left_of_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    stage.bring("acme/a")
+
+    def fail(*_: Any) -> Any:
+        raise OSError(5, "Input/output error")
+
+    owner, method = (StateFiles, "remove") if fails == "files" else (stage._engine, "drop")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, method, fail)
+        stage.run(stage.service.delete("acme/a"))
+    assert "acme/a" not in stage.registry
+    assert list((stage.directory / "imports").iterdir())
+    stage.bring("acme/a", 1)
+    stage.stop()
+    stage.start()
+    assert len(list((stage.directory / "imports").iterdir())) == 1, "what was left goes at the next start"
+
+
+def test_a_failure_keeps_nothing_that_its_frames_held(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.bring("acme/a")
+    read = StateFiles.read_basis
+    held: list[weakref.ref[Any]] = []
+
+    def watch(*args: Any) -> Any:
+        basis = read(*args)
+        held.extend(weakref.ref(vectors) for vectors in basis.values())
+        return basis
+
+    monkeypatch.setattr(StateFiles, "read_basis", watch)
+    stage.stop()
+    with stage.failing("put", done=False):
+        stage.start()
+    assert stage.registry.adapter("acme/a").info().state == "failed"
+    gc.collect()
+    assert held
+    assert not [vectors for vectors in held if vectors() is not None]
+
+
+def test_a_history_that_is_deleted_while_it_is_read_is_not_empty(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.bring("acme/a")
+    stage.change("acme/a", Update(0, ((1, 0.5),)))
+    begun, end, remove = threading.Event(), threading.Event(), Journal.remove_adapter
+
+    def wait(*args: Any) -> None:
+        begun.set()
+        assert end.wait(20)
+        remove(*args)
+
+    async def read_behind_a_deletion() -> None:
+        deleting = asyncio.create_task(stage.service.delete("acme/a"))
+        assert await asyncio.to_thread(begun.wait, 20)
+        reading = asyncio.create_task(stage.service.journal("acme/a", 0, 10))
+        await asyncio.sleep(0.05)
+        end.set()
+        await deleting
+        with pytest.raises(ApiError) as gone:
+            await reading
+        assert (gone.value.status, gone.value.code) == (404, "adapter_not_found")
+
+    monkeypatch.setattr(Journal, "remove_adapter", wait)
+    stage.run(read_behind_a_deletion())
+
+
 def test_another_adapters_coefficients_are_not_taken(stage: Stage) -> None:
     for seed, name in enumerate(NAMES):
         stage.bring(name, seed)
@@ -553,6 +709,18 @@ def test_a_version_that_replays_to_something_else_is_never_read(stage: Stage) ->
     for _ in range(2):
         with pytest.raises(ValueError, match="version 2 of acme/a replays to other coefficients"):
             stage.run(read())
+
+
+def test_what_an_engine_let_go_of_before_it_failed_is_made_again(stage: Stage) -> None:
+    stage.bring("acme/a")
+    for version in range(8):
+        stage.change("acme/a", Update(version, ((version, 0.5),)))
+    before = stage.read("acme/a", 1)
+    for version in range(2, 2 + OLD_VERSIONS_KEPT):
+        stage.read("acme/a", version)
+    with stage.failing("hold", done=True), pytest.raises(Broken):
+        stage.read("acme/a", 6)
+    np.testing.assert_array_equal(stage.read("acme/a", 1), before)
 
 
 def test_a_pinned_version_stays_while_others_come_and_go(stage: Stage) -> None:
@@ -620,7 +788,7 @@ def test_of_many_versions_asked_for_at_once_few_are_held(stage: Stage) -> None:
 @pytest.mark.parametrize(
     ("files", "method", "use"),
     [
-        ("_files", "read_basis", lambda s: s.service.export("acme/a", None, "float32")),
+        ("_files", "read_basis", lambda s: s.export_later("acme/a")),
         ("_files", "read_import", lambda s: s.read_later("acme/a", 0)),
         ("_files", "write_import", lambda s: s.bring_later("acme/c")),
         ("_files", "write_basis", lambda s: s.bring_later("acme/c")),

@@ -313,7 +313,9 @@ def test_a_limit_is_named_and_nothing_changes(
         adapter = made(client, f"{tenant}/model", rank=1)
         assert house.call(tenant, "GET", "/info").json()["limits"][limit] == most
         before, there = state(adapter), client.adapters()
-        path = f"/adapters/{tenant}/model{call}" if call else "/adapters"
+        # An import of a taken name is not even read.
+        name = "more" if call == "/import" else "model"
+        path = f"/adapters/{tenant}/{name}{call}" if call else "/adapters"
         if isinstance(body, dict) and "name" in body:
             body = {**body, "name": f"{tenant}/more"}
         answer = house.call(tenant, "POST", path, body)
@@ -325,8 +327,7 @@ def test_a_limit_is_named_and_nothing_changes(
         assert (state(adapter), client.adapters()) == (before, there)
         # Nobody else has the limit.
         if call:
-            # An import gets as far as to find that its name is taken.
-            done = 409 if call == "/import" else 200
+            done = 201 if call == "/import" else 200
             assert house.call("operator", "POST", path, body).status_code == done
 
 

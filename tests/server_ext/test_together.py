@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server_ext.errors import ApiError
-from server_ext.together import end, together, unless
+from server_ext.together import end, to_its_end, together, unless
 
 
 class Crew:
@@ -94,6 +94,28 @@ def test_a_caller_cancelled_while_it_ends_others_is_told() -> None:
         await asyncio.wait([ending])
         assert ending.cancelled()
         assert crew.at_work == 0
+
+    asyncio.run(go())
+
+
+@given(st.integers(0, 9), st.lists(st.integers(0, 4), max_size=3), st.booleans())
+def test_what_runs_to_its_end_does_so_whoever_is_cancelled(steps: int, cancelled_after: list[int], fails: bool) -> None:
+    async def go() -> None:
+        crew = Crew()
+        caller = asyncio.create_task(to_its_end(crew.work)(20 + steps, 0, fails))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        for pause in cancelled_after:
+            for _ in range(pause):
+                await asyncio.sleep(0)
+            caller.cancel()
+            assert crew.at_work == 1
+        (found,) = await asyncio.gather(caller, return_exceptions=True)
+        assert crew.at_work == 0
+        if cancelled_after:
+            assert isinstance(found, asyncio.CancelledError)
+        else:
+            assert isinstance(found, ValueError) if fails else found == 20 + steps
 
     asyncio.run(go())
 
