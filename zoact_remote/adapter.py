@@ -15,6 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from zoact_remote.audit import Audit, audit
 from zoact_remote.errors import Conflict, InvalidValue
 from zoact_remote.exports import ABOUT, read_coefficients, read_halves, unpack
@@ -255,9 +257,9 @@ class Adapter:
             "probe": None if probe is None else probe.to_json(),
         }
         if messages is not None:
-            body["messages"] = [dict(message) for message in messages]
+            body["messages"] = _for_json(messages, "messages")
         else:
-            body["prompt"] = prompt if isinstance(prompt, str) else list(prompt or ())
+            body["prompt"] = _for_json(prompt, "prompt")
         return self._transport.call("POST", f"{self._path}/generate", Generation.from_json, json=body, repeatable=True)
 
     def journal(self, after: int = 0, *, page: int = 1000) -> Iterator[JournalEntry]:
@@ -402,5 +404,19 @@ def _keyed(update: Update) -> Update:
     return update if update.key is not None else replace(update, key=uuid.uuid4().hex)
 
 
-def _plain(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return [dict(row) for row in rows]
+def _plain(rows: Sequence[Row]) -> list[Any]:
+    return [_for_json(row, f"rows[{i}]") for i, row in enumerate(rows)]
+
+
+def _for_json(value: Any, param: str) -> Any:
+    """A row or a part of it as JSON holds it, NumPy's integers and arrays of token ids as Python's."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {name: _for_json(item, f"{param}.{name}") for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        # Token ids are many, and most are Python's.
+        return [item if type(item) is int else _for_json(item, f"{param}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, np.integer | np.ndarray):
+        return value.tolist()
+    raise InvalidValue(param, f"must be text, integers or lists of them, got {type(value).__name__}")

@@ -41,11 +41,13 @@ class Callback:
     def on_loss(self, trainer: Trainer, loss: float) -> None:
         """The server has answered a step: the batch's loss in nats, nan if a loss is not finite.
 
-        No update has been made from it yet, and :meth:`~zoact_remote.Trainer.return_to` may take its place.
+        No update has been made from it yet, and :meth:`~zoact_remote.Trainer.return_to` may take its place. Where this
+        raises, in any callback, the step is done again by the next :meth:`~zoact_remote.Trainer.run`; states that are
+        kept are then what they were before.
         """
 
     def on_checkpoint(self, trainer: Trainer) -> None:
-        """A step is done, whose update or rollback has not left yet.
+        """A step is done, whose update or rollback has not left yet; it stays where this raises, in any callback.
 
         A run that keeps its :meth:`~zoact_remote.Trainer.state_dict` here, on disk before this returns, may die at any
         moment: resumed from the last state kept, it repeats nothing but what the server has done already, which changes

@@ -20,9 +20,12 @@ class InvalidValue(ZoActError, ValueError):
     """
 
     def __init__(self, param: str, message: str) -> None:
-        super().__init__(f"{param}: {message}")
+        super().__init__(param, message)
         self.param = param
         self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.param}: {self.message}"
 
 
 class Inconclusive(ZoActError, RuntimeError):

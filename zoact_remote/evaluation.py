@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,6 +28,15 @@ class Scorer(Protocol):
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         """Log-likelihoods, row by row."""
+        ...
+
+
+@runtime_checkable
+class PlacedScorer(Protocol):
+    """A scorer to which it matters where a row stands, as to one that samples, by the place, what it scores."""
+
+    def scores_from(self, start: int, rows: Sequence[Row], *, version: int | None = None) -> Scores:
+        """As :meth:`Scorer.scores`, of rows of which the first is at ``start`` among all that are evaluated."""
         ...
 
 
@@ -158,15 +166,15 @@ def evaluate(
             progress(len(scores), len(rows))
     assert version is not None
     logprobs = tuple(score.logprobs for score in scores)
+    # A score may be another figure than a likelihood: it then has none, and the row's choices were not scored.
+    choices = [row.get("choices") if values else None for row, values in zip(rows, logprobs, strict=True)]
     predictions = tuple(
-        int(np.argmax(values)) if "choices" in row else None for row, values in zip(rows, logprobs, strict=True)
+        None if given is None else int(np.argmax(values)) for given, values in zip(choices, logprobs, strict=True)
     )
     chosen = [guess for guess in predictions if guess is not None]
-    answers = [row["answer"] for row in rows if "choices" in row]
+    answers = [row["answer"] for row, given in zip(rows, choices, strict=True) if given is not None]
     # Where a score is not a number, no choice is the likeliest.
-    broken = any("choices" in row and np.isnan(values).any() for row, values in zip(rows, logprobs, strict=True))
-    choices = [row.get("choices") for row in rows]
-    # A score may be another figure than a likelihood, and then has no tokens.
+    broken = any(given is not None and np.isnan(values).any() for given, values in zip(choices, logprobs, strict=True))
     texts = [score for given, score in zip(choices, scores, strict=True) if given is None and score.tokens]
     found = Evaluation(
         version=version,
@@ -315,8 +323,11 @@ def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per
     while start < len(rows):
         batch = rows[start : start + rows_per_call]
         try:
-            with renamed(partial(_shifted, start)):
-                scores = adapter.scores(batch, version=version)
+            with rows_at(range(start, len(rows))):
+                if isinstance(adapter, PlacedScorer):
+                    scores = adapter.scores_from(start, batch, version=version)
+                else:
+                    scores = adapter.scores(batch, version=version)
         except TooLarge as error:
             # Whether rows are too much together, by number, tokens or bytes, is known to the server alone.
             if error.param not in (None, "rows") or len(batch) == 1:
@@ -328,9 +339,9 @@ def _batches(adapter: Scorer, rows: Sequence[Row], version: int | None, rows_per
         yield scores
 
 
-def _shifted(start: int, param: str) -> str:
-    """The place of a row counted from ``start``, counted from 0."""
-    return _ROW.sub(lambda place: f"rows[{start + int(place[1])}]", param)
+def rows_at(places: Sequence[int]) -> AbstractContextManager[None]:
+    """Have a row at fault in a call named by its place among all rows, where ``places`` holds those of the call's."""
+    return renamed(lambda param: _ROW.sub(lambda found: f"rows[{places[int(found[1])]}]", param))
 
 
 @contextmanager
@@ -338,7 +349,7 @@ def renamed(rename: Callable[[str], str]) -> Iterator[None]:
     """Give the parameter of a failure in a call the name that it has for the caller."""
     try:
         yield
-    except BadRequest as error:
+    except (BadRequest, InvalidValue) as error:
         if error.param is not None:
             old, error.param = error.param, rename(error.param)
             error.message = error.message.replace(f"{old}: ", f"{error.param}: ", 1)

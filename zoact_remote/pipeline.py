@@ -15,13 +15,14 @@ next two steps probe that version, as the first two do the first.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import replace
 from typing import Any, ClassVar
 
 from zoact_remote.errors import StaleVersion
 from zoact_remote.estimators import Ask
-from zoact_remote.history import History, StepRecord
+from zoact_remote.history import History
+from zoact_remote.threads import pool
 from zoact_remote.training import Trainer
 from zoact_remote.wire import Json, Losses, Rollback, Update
 
@@ -49,13 +50,12 @@ class PipelinedTrainer(Trainer):
 
     def run(self) -> History:
         """See :meth:`Trainer.run`."""
-        with ThreadPoolExecutor(2, "zoact-step") as self._threads:
-            try:
+        try:
+            with pool(2, "zoact-step") as self._threads:
                 return super().run()
-            finally:
-                # What is still asked for can be asked for again: an update is applied once.
-                wait(self._calls.values())
-                self._calls.clear()
+        finally:
+            # What was still asked for can be asked for again: an update is applied once.
+            self._calls.clear()
 
     def return_to(self, version: int) -> None:
         """See :meth:`Trainer.return_to`."""
@@ -85,12 +85,6 @@ class PipelinedTrainer(Trainer):
         self._earlier = None if state["earlier"] is None else Update.from_json(state["earlier"])
         self._start = state["start"]
 
-    def _step(self) -> StepRecord:
-        # To the trainer, a step's losses are of the version that its update will apply to.
-        record = super()._step()
-        assert self.probed is not None
-        return replace(record, version=self.probed)
-
     def _losses(self, ask: Ask) -> Losses:
         assert not isinstance(self._pending, Rollback)
         self._begin(self.step, ask)
@@ -103,6 +97,7 @@ class PipelinedTrainer(Trainer):
         self.probed = losses.version
         if self.version is None:
             self.version = self._start = losses.version
+        # To the trainer, a step's losses are of the version that its update will apply to.
         return replace(losses, version=self.version)
 
     def _begin(self, step: int, ask: Ask) -> None:
@@ -112,11 +107,11 @@ class PipelinedTrainer(Trainer):
         version = None if self.version is None else max(self._start, self.version + (step - self.step) - 1)
         waiting = [u for u in (self._earlier, self._pending) if isinstance(u, Update)]
         update = next((u for u in waiting if u.base_version + 1 == version), None)
-        rows = self.batch(step)
+        places = self._places(step)
         before = self._calls.get(step - 1)
 
         def send() -> Losses:
-            return self.adapter.losses(rows, ask.probes, base=ask.base, version=version, update=update)
+            return self._call(places, ask, version, update)
 
         def call() -> Losses:
             try:

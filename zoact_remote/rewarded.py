@@ -118,7 +118,8 @@ class Rewarded:
         max_tokens: most tokens of a text.
         temperature: 0 takes the likeliest token each time. Above it, a row is sampled with the same random numbers on
             all sides of a step's probes, so that their rewards differ by the coefficients and not by chance.
-        seed: of the sampling; at least 0. The random numbers of a row follow from it, the version and the row's place.
+        seed: of the sampling; at least 0. The random numbers of a row follow from it, the version and the row's place
+            in the batch, or among all that are evaluated.
         stop: texts end before any of these strings.
 
     """
@@ -153,7 +154,7 @@ class Rewarded:
 
         Raises:
             InvalidValue: there are no rows, or neither probes nor ``base``; ``version`` is not the one that the update
-                leads to; a reward is not finite.
+                leads to; a row has neither a prompt nor messages to answer; a reward is not finite.
             BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
@@ -192,7 +193,7 @@ class Rewarded:
             progress: called after each text with the texts done and the texts in all.
 
         Raises:
-            InvalidValue: there are no rows, or a reward is not finite.
+            InvalidValue: there are no rows; a row has neither a prompt nor messages to answer; a reward is not finite.
             BadRequest: a row is at fault, which :attr:`~zoact_remote.errors.CallFailed.param` names.
 
         """
@@ -201,7 +202,11 @@ class Rewarded:
 
     def scores(self, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         """Minus each row's reward as its loss; there are no likelihoods."""
-        found = self.evaluate(rows, version=version)
+        return self.scores_from(0, rows, version=version)
+
+    def scores_from(self, start: int, rows: Sequence[Row], *, version: int | None = None) -> Scores:
+        """As :meth:`scores`, of a part of the rows: it is sampled as if all were evaluated at once."""
+        (found,) = self._judge(rows, [(None, range(len(rows)))], version, start=start)
         scores = tuple(RowScore((), (), -reward) for reward in found.rewards)
         return Scores(found.version, scores, -found.reward, found.tokens)
 
@@ -227,27 +232,29 @@ class Rewarded:
         sides: Sequence[tuple[Side | None, range]],
         version: int | None,
         progress: Progress | None = None,
+        start: int = 0,
     ) -> list[RewardEvaluation]:
         """By side: what it writes to the rows that are its own, and what that is worth."""
         if not rows:
             raise InvalidValue("rows", "at least one row is needed")
+        questions = [_question(row, f"rows[{i}]") for i, row in enumerate(rows)]
         at = self.adapter.refresh().version if version is None else version
 
         def write(place: tuple[Side | None, int]) -> tuple[str, float, int]:
             side, i = place
             with renamed(f"rows[{i}].{{}}".format):
                 written = self.adapter.generate(
-                    **_question(rows[i]),
+                    **questions[i],
                     max_tokens=self.max_tokens,
                     temperature=self.temperature,
-                    seed=self._sampling_seed(at, i) if self.temperature else None,
+                    seed=self._sampling_seed(at, start + i) if self.temperature else None,
                     stop=self.stop,
                     version=at,
                     probe=side,
                 )
             reward = float(self.reward(rows[i], written.text))
             if not math.isfinite(reward):
-                raise InvalidValue("reward", f"must be finite, got {reward} for rows[{i}] and {written.text!r}")
+                raise InvalidValue(f"rows[{i}]", f"the reward must be finite, got {reward} for {written.text!r}")
             return written.text, reward, len(written.token_ids)
 
         written = []
@@ -272,9 +279,13 @@ def _evaluation(version: int, written: Sequence[tuple[str, float, int]]) -> Rewa
     return RewardEvaluation(version, math.fsum(rewards) / len(rewards), rewards, texts, sum(tokens))
 
 
-def _question(row: Row) -> dict[str, Any]:
-    """What the model is shown of a row."""
-    if "messages" not in row:
+def _question(row: Row, param: str) -> dict[str, Any]:
+    """What the model is shown of a row. Raises InvalidValue if there is nothing."""
+    if (messages := row.get("messages")) is None:
+        if row.get("prompt") is None:
+            raise InvalidValue(f"{param}.prompt", "is missing: a row needs a prompt or messages")
         return {"prompt": row["prompt"]}
-    messages = row["messages"]
-    return {"messages": messages[:-1] if messages[-1]["role"] == "assistant" else messages}
+    shown = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+    if not shown:
+        raise InvalidValue(f"{param}.messages", "must hold a turn for the assistant to answer")
+    return {"messages": shown}

@@ -7,10 +7,11 @@ one batch what the runs ask for together.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
 from zoact_remote.errors import InvalidValue
+from zoact_remote.threads import pool
 
 if TYPE_CHECKING:
     from zoact_remote.history import History
@@ -26,7 +27,8 @@ def train_together(trainers: Sequence[Trainer]) -> list[Future[History]]:
     :class:`~zoact_remote.Client`, rows and an estimator; a callback that they share is called from all threads.
 
     If the wait is interrupted (KeyboardInterrupt), every run is told to :meth:`~zoact_remote.Trainer.stop` after its
-    step, and is waited for; its update is then applied, and its callbacks have seen the end.
+    step, and is waited for; its update is then applied, and its callbacks have seen the end. Interrupted once more, it
+    no longer waits for a server that is gone: runs that do so fail.
 
     Args:
         trainers: each with an adapter and an optimiser of its own.
@@ -46,7 +48,7 @@ def train_together(trainers: Sequence[Trainer]) -> list[Future[History]]:
             place = f"trainers[{i}]{name}"
             if owners.setdefault(id(part), place) != place:
                 raise InvalidValue(place, f"is the same object as {owners[id(part)]}; each needs its own")
-    with ThreadPoolExecutor(len(trainers), "zoact-training") as threads:
+    with pool(len(trainers), "zoact-training") as threads:
         runs = [threads.submit(trainer.run) for trainer in trainers]
         try:
             wait(runs)

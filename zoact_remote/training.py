@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from zoact_remote.callbacks import AfterStep, Callback
 from zoact_remote.errors import InvalidValue, TrainingDiverged
 from zoact_remote.estimators import Ask, Draw, Estimate, Estimator
-from zoact_remote.evaluation import Evaluation, Scorer, evaluate
+from zoact_remote.evaluation import Evaluation, Scorer, evaluate, rows_at
 from zoact_remote.history import History, StepRecord
 from zoact_remote.limits import check_limits
 from zoact_remote.optimizers import Optimizer
@@ -152,6 +153,8 @@ class Trainer:
         self._pending: Change | None = None
         self._unfinished = False
         """Whether the last step in the history still lacks its evaluation, if one is due, and its callbacks."""
+        self._unheard: Iterator[Callback] = iter(())
+        """The callbacks that the last step is still to be told to."""
         self._fresh = optimizer.state_dict()
         self._prepare()
 
@@ -161,13 +164,14 @@ class Trainer:
     def run(self) -> History:
         """Train until all steps are done or a callback stops the run.
 
-        May be called again after an error: it goes on where it failed.
+        May be called again after an error, or an interrupt: it goes on where it failed. A step from whose losses no
+        update was made is done again, and every callback hears once that a step is done, though it raises.
 
         Raises:
             InvalidValue: the server's limits do not allow all of the steps to come; none of them is begun.
             TrainingDiverged: a loss is not finite, and no callback made anything of it.
             CallFailed: a call failed. A :class:`~zoact_remote.errors.StaleVersion` says that someone else has updated
-                the adapter.
+                the adapter. A :class:`~zoact_remote.errors.BadRequest` names a row at fault by its place in ``rows``.
 
         """
         self.history.stopped = None
@@ -175,15 +179,11 @@ class Trainer:
             check_limits(self.adapter.limits(), self.estimator, self.optimizer, self.steps - self.step)
         if self.step == 0 and self._is_evaluated and self.history.baseline is None:
             self.history.baseline = self._evaluate()
-        if self._unfinished:
-            self._finish_step()
+        self._finish_step()
         while self.step < self.steps and self.history.stopped is None:
             for callback in self._callbacks():
                 callback.before_step(self)
-            self.history.steps.append(self._step())
-            self._unfinished = True
-            for callback in self._callbacks():
-                callback.on_checkpoint(self)
+            self._step()
             self._finish_step()
         self.flush()
         for callback in self._callbacks():
@@ -196,14 +196,18 @@ class Trainer:
             yield callback if isinstance(callback, Callback) else AfterStep(callback)
 
     def _finish_step(self) -> None:
-        """What comes after a step: its evaluation, if one is due, and the callbacks."""
-        record = self.history.steps[-1]
-        if record.evaluation is None and self._evaluation_is_due():
-            self.flush()
-            record = self.history.steps[-1] = replace(record, evaluation=self._evaluate())
-        self._unfinished = False
-        for callback in self._callbacks():
-            callback.after_step(self, record)
+        """What comes after a step, from where it failed: its evaluation, if one is due, and the callbacks."""
+        if self._unfinished:
+            if self._pending is not None:  # it leaves only after all have seen the state that holds it
+                for callback in self._callbacks():
+                    callback.on_checkpoint(self)
+            record = self.history.steps[-1]
+            if record.evaluation is None and self._evaluation_is_due():
+                self.flush()
+                self.history.steps[-1] = replace(record, evaluation=self._evaluate())
+            self._unfinished, self._unheard = False, iter([*self._callbacks()])
+        for callback in self._unheard:
+            callback.after_step(self, self.history.steps[-1])
 
     def _evaluate(self) -> Evaluation:
         if self.evaluator is None:
@@ -214,7 +218,8 @@ class Trainer:
             callback.on_eval(self, evaluation)
         return evaluation
 
-    def _step(self) -> StepRecord:
+    def _step(self) -> None:
+        """Do a step, all of it or nothing: one that fails, or is interrupted, is done again."""
         started = time.perf_counter()
         if isinstance(self._pending, Rollback):  # losses carry updates alone
             self.flush()
@@ -222,40 +227,58 @@ class Trainer:
         losses = self._losses(ask)
         problem = _not_finite(ask, losses)
         estimate = self.estimator.tell(losses) if problem is None else Estimate((), math.nan)
-        for callback in self._callbacks():
-            callback.on_loss(self, estimate.loss)
-        learning_rate, returned_to = self.rate_scale * self.schedule(self.step), None
-        if isinstance(self._pending, Rollback):
-            learning_rate, returned_to = 0.0, self._pending.to_version
-        elif problem is not None:
-            raise TrainingDiverged(f"step {self.step}: {problem}, at version {self.probed}. {_ADVICE}")
-        else:
-            update = self.optimizer.step(estimate, learning_rate, losses.version)
-            self._pending = replace(update, key=self._key("update"))
-        self.version = losses.version + 1
-        self.step += 1
-        return StepRecord(
-            step=self.step - 1,
-            version=losses.version,
-            loss=estimate.loss,
-            terms=estimate.terms,
-            learning_rate=learning_rate,
-            epsilon=ask.probes[0].epsilon if ask.probes else None,
-            tokens=losses.tokens,
-            seconds=time.perf_counter() - started,
-            server_seconds=losses.timing.total_s,
-            returned_to=returned_to,
-        )
+        done, rate_scale = len(self.history.steps), self.rate_scale
+        parts: list[Optimizer | Callback] = [self.optimizer, *self._stateful().values()]
+        states = [json.dumps(part.state_dict()) for part in parts]
+        try:
+            for callback in self._callbacks():
+                callback.on_loss(self, estimate.loss)
+            change, learning_rate, returned_to = self._pending, 0.0, None
+            if isinstance(change, Rollback):
+                returned_to = change.to_version
+            elif problem is not None:
+                raise TrainingDiverged(f"step {self.step}: {problem}, at version {self.probed}. {_ADVICE}")
+            else:
+                learning_rate = self.rate_scale * self.schedule(self.step)
+                update = self.optimizer.step(estimate, learning_rate, losses.version)
+                change = replace(update, key=self._key("update"))
+            assert self.probed is not None
+            record = StepRecord(
+                step=self.step,
+                version=self.probed,
+                loss=estimate.loss,
+                terms=estimate.terms,
+                learning_rate=learning_rate,
+                epsilon=ask.probes[0].epsilon if ask.probes else None,
+                tokens=losses.tokens,
+                seconds=time.perf_counter() - started,
+                server_seconds=losses.timing.total_s,
+                returned_to=returned_to,
+            )
+            self.history.steps.append(record)
+            # Nothing is called from here on, so that no interrupt comes in between.
+            self._pending, self.version, self.step, self._unfinished = change, losses.version + 1, self.step + 1, True
+        except BaseException:
+            del self.history.steps[done:]
+            self._pending, self.rate_scale = None, rate_scale
+            for part, state in zip(parts, states, strict=True):
+                part.load_state_dict(json.loads(state))
+            raise
 
     def _losses(self, ask: Ask) -> Losses:
         """The losses of the step's batch; the update that waits for them goes along."""
         assert not isinstance(self._pending, Rollback)
-        losses = self.adapter.losses(
-            self.batch(self.step), ask.probes, base=ask.base, version=self.version, update=self._pending
-        )
+        losses = self._call(self._places(self.step), ask, self.version, self._pending)
         self.version = self.probed = losses.version
         self._pending = None
         return losses
+
+    def _call(self, places: Sequence[int], ask: Ask, version: int | None, update: Update | None) -> Losses:
+        """The losses of training rows, by whose places one at fault is named."""
+        with rows_at(places):
+            return self.adapter.losses(
+                [self.rows[place] for place in places], ask.probes, base=ask.base, version=version, update=update
+            )
 
     def flush(self) -> None:
         """Send the update or the rollback that waits for the next step, if there is one."""
@@ -282,16 +305,19 @@ class Trainer:
 
     def batch(self, step: int) -> list[Row]:
         """The rows of a step."""
+        return [self.rows[place] for place in self._places(step)]
+
+    def _places(self, step: int) -> list[int]:
+        """Where the rows of a step stand in the training rows."""
         first = step * self.batch_size
-        places = (divmod(first + i, len(self.rows)) for i in range(self.batch_size))
         orders: dict[int, NDArray[np.int64]] = {}
-        batch = []
-        for epoch, place in places:
+        places = []
+        for epoch, place in (divmod(first + i, len(self.rows)) for i in range(self.batch_size)):
             if epoch not in orders:
                 stream = np.random.SeedSequence(self.seed, spawn_key=(BATCHES, epoch))
                 orders[epoch] = np.random.default_rng(stream).permutation(len(self.rows))
-            batch.append(self.rows[orders[epoch][place]])
-        return batch
+            places.append(int(orders[epoch][place]))
+        return places
 
     def state_dict(self) -> Json:
         """All that the next step depends on, but for the data and the adapter, fit for JSON; a few kilobytes.
@@ -339,7 +365,7 @@ class Trainer:
         self.step = state["step"]
         self.version = state["version"]
         self._pending = None if state["pending"] is None else change_from_json(state["pending"])
-        self._unfinished = state["unfinished"] is not None
+        self._unfinished, self._unheard = state["unfinished"] is not None, iter(())
         unfinished = [StepRecord.from_json(state["unfinished"])] if self._unfinished else []
         # States of earlier releases do not say.
         self.history = History(steps=unfinished, kept=state.get("kept"))
@@ -406,8 +432,21 @@ def rows_digest(rows: Iterable[Row]) -> str:
     """Tells data apart: SHA-256 over the rows as lines of JSON, in order."""
     sha = hashlib.sha256()
     for row in rows:
-        sha.update(json.dumps(dict(row), sort_keys=True).encode() + b"\n")
+        sha.update(_canonical(dict(row)).encode() + b"\n")
     return "sha256:" + sha.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_plainer)
+
+
+def _plainer(value: Any) -> Any:
+    """What stands for a value that JSON cannot hold, such as a reward may ask for: the same in every process."""
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=_canonical)
+    if hasattr(value, "tolist"):  # NumPy's
+        return value.tolist()
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def _not_finite(ask: Ask, losses: Losses) -> str | None:

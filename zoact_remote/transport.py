@@ -24,7 +24,6 @@ import ipaddress
 import logging
 import random
 import threading
-import time
 import uuid
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -37,6 +36,7 @@ import tenacity
 from urllib3.exceptions import ConnectTimeoutError, MaxRetryError, NewConnectionError
 
 from zoact_remote.errors import CallFailed, ConnectionFailed, InvalidValue, ServerError, error_of
+from zoact_remote.threads import pause
 
 log = logging.getLogger("zoact_remote")
 log.addHandler(logging.NullHandler())
@@ -81,7 +81,7 @@ class Transport:
         retries: how often a call is sent again at most, but for a server that is waited for.
         patience: seconds that a server is waited for, summed over the pauses of one call, if it has answered before
             and is then gone, or says that there were too many calls.
-        sleep: waits for a number of seconds; tests replace it.
+        sleep: waits for a number of seconds, or raises what ends the call; tests replace it.
 
     """
 
@@ -93,7 +93,7 @@ class Transport:
         timeout: tuple[float, float] = (5.0, 600.0),
         retries: int = 5,
         patience: float = 600.0,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = pause,
     ) -> None:
         host = _host(url)
         self.url = url.rstrip("/")

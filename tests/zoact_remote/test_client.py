@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import requests
 import responses
@@ -356,6 +357,18 @@ def test_scores(adapter: Adapter, server: responses.RequestsMock) -> None:
     scores = adapter.scores([ROW], version=2, probe=Side(7, 0.5, -1))
     assert scores.rows[0].logprobs == (-1.5, -0.5)
     assert sent(server) == {"version": 2, "probe": {"seed": 7, "epsilon": 0.5, "sign": -1}, "rows": [ROW]}
+
+
+def test_numpy_in_rows(adapter: Adapter, server: responses.RequestsMock) -> None:
+    server.post(f"{PATH}/scores", json={"version": 2, "rows": [], "loss": 0.3, "tokens": 4})
+    ids = np.array([3, 4])
+    adapter.scores([{"prompt": ids, "choices": [ids[:1], [ids[1], 5]], "answer": np.int64(1)}])
+    assert sent(server)["rows"] == [{"prompt": [3, 4], "choices": [[3], [4, 5]], "answer": 1}]
+    for value, place in ({1}, ""), ([3, {1}], r"\[1\]"), (b"text", ""):
+        with pytest.raises(
+            InvalidValue, match=rf"^rows\[1\]\.prompt{place}: must be text, integers .*, got (set|bytes)"
+        ):
+            adapter.scores([ROW, {"prompt": value, "completion": " 4"}])
 
 
 def test_generate(adapter: Adapter, server: responses.RequestsMock) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -39,6 +40,7 @@ from zoact_remote import (
     Update,
     UpdateResult,
 )
+from zoact_remote.threads import pause
 
 SETTINGS = (
     *("estimator", "optimizer", "schedule", "rows", "steps", "batch_size", "seed"),
@@ -187,6 +189,27 @@ def test_a_step_that_a_callback_broke_off_is_done_again(step: int) -> None:
     run = pipelined(adapter, callbacks=[Watch(fail_at=step)])
     with pytest.raises(ZeroDivisionError):
         run.run()
+    run.run()
+    np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
+
+
+def test_an_interrupt_waits_for_no_server_that_is_gone() -> None:
+    class Away(Remote):
+        def losses(self, *args: Any, **kwargs: Any) -> Losses:
+            if len(self.calls) == 5 and not back:
+                pause(60)
+            return super().losses(*args, **kwargs)
+
+    def interrupt(run: Trainer, record: Any) -> None:
+        if record.step == 4 and not back:
+            raise KeyboardInterrupt
+
+    adapter, back, started = Away(), list[bool](), time.monotonic()
+    run = pipelined(adapter, callbacks=[interrupt])
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert time.monotonic() - started < 30
+    back.append(True)
     run.run()
     np.testing.assert_array_equal(adapter.versions, one_step_stale(30))
 

@@ -29,6 +29,12 @@ from zoact_remote import (
 )
 from zoact_remote.wire import Generation
 
+ANSWER = {"role": "assistant", "content": "4"}
+NO_QUESTIONS: list[tuple[Row, str]] = [
+    ({"question": "?"}, "prompt"),
+    ({"messages": []}, "messages"),
+    ({"messages": [ANSWER]}, "messages"),
+]
 PROBES = (Probe(3, 0.25), Probe(4, 0.5, "plus"))
 
 
@@ -120,6 +126,16 @@ def test_sides_share_their_random_numbers_and_rows_do_not(seed: int, version: in
     assert all(0 <= asked["seed"] < 2**63 for asked in author.asked)
 
 
+@pytest.mark.parametrize("rows_per_call", [1, 3, 64])
+def test_every_row_that_is_evaluated_has_random_numbers_of_its_own(rows_per_call: int) -> None:
+    whole, parts = Author(), Author()
+    rewarded(whole, temperature=1.0).evaluate(ROWS)
+    evaluate(rewarded(parts, temperature=1.0), ROWS, rows_per_call=rows_per_call)
+    by_row = [{tuple(asked["prompt"]): asked["seed"] for asked in author.asked} for author in (whole, parts)]
+    assert by_row[0] == by_row[1]
+    assert len(set(by_row[0].values())) == len(ROWS)
+
+
 def test_the_likeliest_text_needs_no_random_numbers() -> None:
     author = Author()
     rewarded(author).losses(ROWS[:2], PROBES)
@@ -144,12 +160,19 @@ def test_evaluate() -> None:
     assert evaluate(rewarded(author), ROWS).loss == pytest.approx(-found.reward)
 
 
+def test_choices_that_a_row_holds_are_for_the_reward() -> None:
+    rows = [{**row, "choices": [" no", " yes"]} for row in ROWS]
+    found = evaluate(rewarded(Author()), rows)
+    assert found == evaluate(rewarded(Author()), ROWS)
+    assert (found.accuracy, found.calibrated_accuracy, found.predictions) == (None, None, (None,) * len(ROWS))
+
+
 def test_a_conversation_is_shown_up_to_its_answer() -> None:
     author = Author()
     question = {"role": "user", "content": "2 + 2?"}
     rows: list[Row] = [
         {"messages": [question]},
-        {"messages": [question, {"role": "assistant", "content": "4"}], "references": ["4"]},
+        {"messages": [question, ANSWER], "references": ["4"]},
     ]
     Rewarded(author, lambda row, text: len(text)).evaluate(rows)
     assert [asked["messages"] for asked in author.asked] == [[question], [question]]
@@ -164,13 +187,23 @@ def test_nothing_is_sent_for_what_is_wrong() -> None:
         run.losses(ROWS[:1], PROBES, version=0, update=Update(0, ((7, 0.1),), key="a"))
     with pytest.raises(InvalidValue, match=r"^rows: "):
         run.losses([], PROBES)
+    for row, param in NO_QUESTIONS:
+        with pytest.raises(InvalidValue, match=rf"^rows\[1\]\.{param}: "):
+            run.evaluate([ROWS[0], row])
     assert author.calls == []
     assert author.asked == []
 
 
+def test_a_row_at_fault_is_named_by_its_place_in_all() -> None:
+    for row, param in NO_QUESTIONS:
+        with pytest.raises(InvalidValue, match=rf"^rows\[3\]\.{param}: ") as caught:
+            evaluate(rewarded(Author()), [*ROWS[:3], row], rows_per_call=2)
+        assert caught.value.param == f"rows[3].{param}"
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_reward_is_a_number(value: float) -> None:
-    with pytest.raises(InvalidValue, match=r"^reward: must be finite, got .* for rows\[0\]"):
+    with pytest.raises(InvalidValue, match=r"^rows\[0\]: the reward must be finite, got .* for '0.0 and so on'"):
         Rewarded(Author(), lambda row, text: value).evaluate(ROWS[:1])
 
 
@@ -198,6 +231,9 @@ def test_training_for_a_reward_on_a_real_server(servers: Servers) -> None:
         with pytest.raises(BadRequest) as refused:
             run.evaluate([*rows, {"prompt": []}])
         assert refused.value.param == "rows[3].prompt"
+        run.evaluate([{"prompt": np.array([3, 4])}, {"prompt": [np.int64(3), 4]}])
+        with pytest.raises(InvalidValue, match=r"^rows\[3\]\.prompt\[1\]: must be text, integers .*, got set"):
+            run.evaluate([*rows, {"prompt": [1, {2}]}])
 
 
 def test_the_adapter_is_rolled_back() -> None:

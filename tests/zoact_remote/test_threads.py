@@ -1,13 +1,16 @@
 """Calls side by side."""
 
 import logging
+import socket
 import threading
 import time
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from zoact_remote.threads import AT_ONCE, side_by_side
+from zoact_remote.threads import AT_ONCE, pause, pool, side_by_side
 from zoact_remote.transport import ID_HEADER, Transport
 
 
@@ -32,6 +35,29 @@ def test_the_first_failure_ends_it() -> None:
     with pytest.raises(ZeroDivisionError):
         list(side_by_side(fail_first, range(100 * AT_ONCE)))
     assert len(begun) < 100 * AT_ONCE
+
+
+def test_who_leaves_waits_for_no_server_that_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+    transport = Transport(url, retries=8)  # of two minutes
+
+    def call(i: int) -> None:
+        if i:
+            transport.call("GET", "/info", lambda answer: answer, repeatable=True)
+
+    started = time.monotonic()
+    with closing(transport), closing(side_by_side(call, range(4))) as answers:
+        next(answers)
+    assert time.monotonic() - started < 30
+    assert list(side_by_side(pause, [0.01] * 3)) == [None] * 3, "what comes after is not cut short"
+
+
+def test_who_leaves_a_pool_leaves_those_opened_from_it() -> None:
+    paused: Future[None]
+    with pool(1) as outer:
+        paused = outer.submit(lambda: next(side_by_side(pause, [60])))
+    assert isinstance(paused.exception(), CancelledError)
 
 
 class Answerer(BaseHTTPRequestHandler):

@@ -1,6 +1,7 @@
 """Runs side by side: the same as one after the other."""
 
 import threading
+import time
 from concurrent import futures
 from typing import Any
 
@@ -10,6 +11,7 @@ from tests.support import ROWS as TEXTS
 from tests.support import Servers, new_adapter
 from tests.zoact_remote.regression import Regression, trainer
 from zoact_remote import Adam, Basis, Callback, InvalidValue, StepRecord, Trainer, TwoPoint, train_together
+from zoact_remote.threads import pause
 
 
 def test_every_run_is_what_it_would_be_alone() -> None:
@@ -83,6 +85,21 @@ def test_an_interrupt_stops_every_run_after_its_step(monkeypatch: pytest.MonkeyP
     assert (done.step, done.history.stopped) == (2, None)
     for run, adapter in zip(runs, adapters, strict=True):
         assert 4 <= run.step == len(adapter.versions) - 1 < 10**6
+
+
+def test_a_second_interrupt_waits_for_no_server_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wait(runs: Any, timeout: float | None = None) -> Any:
+        raise KeyboardInterrupt
+
+    class Away(Regression):
+        def losses(self, *args: Any, **kwargs: Any) -> Any:
+            pause(60)
+
+    monkeypatch.setattr("zoact_remote.together.wait", wait)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_together([trainer(Away()), trainer(Away())])
+    assert time.monotonic() - started < 30
 
 
 def test_on_a_real_server(servers: Servers) -> None:

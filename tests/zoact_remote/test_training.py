@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +17,7 @@ from tests.zoact_remote.regression import ROWS, TARGET, Disk, Killed, Mortal, Re
 from zoact_remote import (
     SGD,
     Adam,
+    BadRequest,
     Callback,
     ConnectionFailed,
     Estimator,
@@ -26,11 +29,14 @@ from zoact_remote import (
     InvalidValue,
     Losses,
     Optimizer,
+    PipelinedTrainer,
+    Row,
     StaleVersion,
     StepRecord,
     Trainer,
     TrainingDiverged,
     TwoPoint,
+    Update,
     cosine,
     evaluate,
     linear,
@@ -253,6 +259,97 @@ def test_a_step_that_failed_can_be_done_again() -> None:
     np.testing.assert_array_equal(steady.versions, shaky.versions)
 
 
+class Fails(Callback):
+    """Fails at a step, once, at one of its hooks; it notes the steps whose end it has seen."""
+
+    def __init__(self, hook: str = "", step: int = 3) -> None:
+        self.hook, self.step = hook, step
+        self.seen: list[int] = []
+
+    def _fail(self, hook: str, step: int) -> None:
+        if (hook, step) == (self.hook, self.step):
+            self.hook = ""
+            raise ZeroDivisionError
+
+    def on_loss(self, trainer: Trainer, loss: float) -> None:
+        self._fail("on_loss", trainer.step)
+
+    def on_checkpoint(self, trainer: Trainer) -> None:
+        self._fail("on_checkpoint", trainer.step - 1)
+
+    def after_step(self, trainer: Trainer, record: StepRecord) -> None:
+        self.seen.append(record.step)
+        self._fail("after_step", record.step)
+
+
+@pytest.mark.parametrize("hook", ["on_loss", "on_checkpoint", "after_step"])
+@pytest.mark.parametrize("step", [0, 3, 29])
+def test_a_callback_that_fails_changes_nothing(hook: str, step: int) -> None:
+    steady, shaky, before, fails, behind = Regression(), Regression(), Fails(), Fails(hook, step), Fails()
+    undisturbed, guard = Guard(), Guard()
+    straight = trainer(steady, callbacks=[undisturbed]).run()
+    run = trainer(shaky, callbacks=[guard, before, fails, behind])
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    history = run.run()
+    np.testing.assert_array_equal(shaky.versions, steady.versions)
+    assert guard.state_dict() == undisturbed.state_dict()
+    assert [record.loss for record in history.steps] == [record.loss for record in straight.steps]
+    assert before.seen == fails.seen == behind.seen == [*range(30)]
+
+
+def test_an_update_whose_checkpoint_failed_waits_for_one() -> None:
+    adapter, kept, fails = Regression(), list[str](), Fails("on_checkpoint")
+
+    class Keep(Callback):
+        def on_checkpoint(self, trainer: Trainer) -> None:
+            assert adapter.keys.keys() <= set(kept)
+            kept.append(trainer.state_dict()["pending"]["key"])
+
+    run = trainer(adapter, steps=6, callbacks=[fails, Keep()])
+    with pytest.raises(ZeroDivisionError):
+        run.run()
+    run.run()
+    assert [*adapter.keys] == kept
+
+
+def test_a_step_that_was_interrupted_is_done_again() -> None:
+    class Interrupted(Adam):
+        def step(self, *args: Any) -> Update:
+            made = super().step(*args)
+            if self._steps == 4 and not interrupts:
+                interrupts.append(4)
+                raise KeyboardInterrupt
+            return made
+
+    steady, shaky, interrupts = Regression(), Regression(), list[int]()
+    trainer(steady).run()
+    run = trainer(shaky, optimizer=Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    run.run()
+    np.testing.assert_array_equal(shaky.versions, steady.versions)
+
+
+class Refuses(Regression):
+    """Takes no batch with a certain row, which it names by its place there."""
+
+    def losses(self, rows: Sequence[Row], *args: Any, **kwargs: Any) -> Losses:
+        for i, row in enumerate(rows):
+            if row is ROWS[23]:
+                raise BadRequest(f"rows[{i}].prompt: is too long", status=400, param=f"rows[{i}].prompt")
+        return super().losses(rows, *args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Trainer, PipelinedTrainer])
+def test_a_row_at_fault_is_named_by_its_place_in_all(kind: type[Trainer]) -> None:
+    run = kind(Refuses(), TwoPoint(0.25), Adam(), 0.03, ROWS, steps=30, batch_size=3)
+    with pytest.raises(BadRequest, match=r"^rows\[23\].prompt: is too long") as caught:
+        run.run()
+    assert caught.value.param == "rows[23].prompt"
+    assert run.batch(run.step).index(ROWS[23]) != 23
+
+
 def test_evaluations() -> None:
     adapter = Regression()
     history = trainer(adapter, steps=5, eval_rows=ROWS[:4], eval_every=2).run()
@@ -362,6 +459,33 @@ def test_a_run_at_a_constant_rate_may_be_made_longer() -> None:
     longer.load_state_dict(json.loads(json.dumps(run.state_dict())))
     longer.run()
     np.testing.assert_array_equal(short.versions, long.versions)
+
+
+DIGEST = """
+from zoact_remote.training import rows_digest
+import numpy as np
+words, ids = {"a", "b", "c"}, np.arange(2000)
+print(rows_digest([{"prompt": "?", "words": words, "sets": {frozenset(words), frozenset("x")}, "check": len.__call__}]))
+print(rows_digest([{"prompt": ids}]), rows_digest([{"prompt": ids.tolist()}]), rows_digest([{"prompt": ids + 1}]))
+"""
+
+
+def test_rows_may_hold_what_json_cannot() -> None:
+    """A state may be restored in another process, where sets have other orders and objects other addresses."""
+    rows: list[Row] = [{**row, "allowed": {1, 2}} for row in ROWS]
+    state = json.loads(json.dumps(trainer(Regression(), rows=rows).state_dict()))
+    trainer(Regression(), rows=[{**row, "allowed": {2, 1}} for row in ROWS]).load_state_dict(state)
+    with pytest.raises(InvalidValue, match=r"^rows: "):
+        trainer(Regression(), rows=[{**row, "allowed": {1, 3}} for row in ROWS]).load_state_dict(state)
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", DIGEST], env={"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
+    _, of_array, of_list, of_others = found.pop().split()
+    assert of_array == of_list != of_others
 
 
 @pytest.mark.parametrize("changes", [{"rows": []}, {"steps": 0}, {"batch_size": 0}, {"eval_every": 0}])
