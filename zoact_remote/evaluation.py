@@ -33,7 +33,7 @@ class Scorer(Protocol):
 
 @runtime_checkable
 class PlacedScorer(Protocol):
-    """A scorer to which it matters where a row stands, as to one that samples, by the place, what it scores."""
+    """A scorer whose scores depend on where a row stands, as those of sampled text do."""
 
     def scores_from(self, start: int, rows: Sequence[Row], *, version: int | None = None) -> Scores:
         """As :meth:`Scorer.scores`, of rows of which the first is at ``start`` among all that are evaluated."""
