@@ -18,7 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from server_ext.database import connect, transaction
-from server_ext.schemas import BasisInfo
+from server_ext.schemas import BasisInfo, tenant_of
 from zoact_remote.noise import NOISE_VERSION, Distribution
 from zoact_remote.wire import Change, Rollback, change_from_json
 
@@ -82,7 +82,7 @@ class AdapterRow:
     @property
     def tenant(self) -> str:
         """Whose it is."""
-        return self.name.partition("/")[0]
+        return tenant_of(self.name)
 
 
 @dataclass(frozen=True)

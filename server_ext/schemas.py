@@ -53,6 +53,11 @@ IdempotencyKey = Annotated[
 ]
 
 
+def tenant_of(adapter: str) -> str:
+    """Whose an adapter of this name (``tenant/adapter``) is."""
+    return adapter.partition("/")[0]
+
+
 def _is_unicode(text: str) -> str:
     try:
         text.encode()

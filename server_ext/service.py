@@ -135,7 +135,7 @@ class Service:
         if re.fullmatch(schemas.TENANT_ADAPTER, name) is None:
             raise invalid("adapter", f"must match {schemas.TENANT_ADAPTER}")
         engine, max_rank = self.engine, self._max_rank(caller.limits)
-        async with self._uploads.setdefault(name.partition("/")[0], asyncio.Lock()):
+        async with self._uploads.setdefault(schemas.tenant_of(name), asyncio.Lock()):
             self.registry.check_free(name)
             self._check_number(caller)
             # One archive of every tenant's waits on disk, and one of them is taken into memory at a time.

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from server_ext.database import connect, transaction
 from server_ext.errors import ApiError, storage_failed
-from server_ext.schemas import TENANT, TenantLimits
+from server_ext.schemas import TENANT, TenantLimits, tenant_of
 from zoact_remote import toml
 from zoact_remote.transport import is_loopback
 
@@ -56,7 +56,7 @@ class Caller:
 
     def owns(self, adapter: str) -> bool:
         """Whether the caller may use adapters of this name (``tenant/adapter``)."""
-        return self.tenant is None or adapter.partition("/")[0] == self.tenant
+        return self.tenant is None or tenant_of(adapter) == self.tenant
 
 
 @dataclass(frozen=True)
